@@ -1,0 +1,272 @@
+//! The byte streams the protocol runs on: TCP and UNIX sockets, either end.
+//!
+//! ```
+//! use vscard_protocol::chardev::Endpoint;
+//! let endpoint: Endpoint = "unix:/run/vm1,,card.sock".parse()?;
+//! assert_eq!(endpoint, Endpoint::Unix { path: "/run/vm1,card.sock".into() });
+//! assert!("tcp:localhost".parse::<Endpoint>().is_err());
+//! # Ok::<(), vscard_protocol::chardev::EndpointError>(())
+//! ```
+
+mod endpoint;
+mod stream;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host};
+
+pub use endpoint::{Endpoint, EndpointError};
+pub use stream::Stream;
+
+/// Whether a network that others can listen to may carry plain text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plaintext {
+    /// Only on loopback addresses, judged by the resolved or bound address.
+    LoopbackOnly,
+    /// Anywhere; the user said so.
+    Anywhere,
+}
+
+/// Why a stream could not be had.
+#[derive(Debug, Error)]
+pub enum ChannelError {
+    /// The host name has no address.
+    #[error("{endpoint}: cannot resolve the host name: {source}")]
+    Resolve {
+        /// The endpoint.
+        endpoint: Endpoint,
+        /// What the resolver said.
+        source: io::Error,
+    },
+    /// A plain-text TCP connection would leave this machine.
+    #[error(
+        "{endpoint}: {address} is not a loopback address and TCP carries everything, the PIN too, as plain text; \
+         use a UNIX socket or an SSH tunnel, or say --allow-plaintext"
+    )]
+    Plaintext {
+        /// The endpoint.
+        endpoint: Endpoint,
+        /// What it resolved to.
+        address: SocketAddr,
+    },
+    /// Nobody answers there, or not to us.
+    #[error("{endpoint}: cannot connect: {source}")]
+    Connect {
+        /// The endpoint.
+        endpoint: Endpoint,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The address cannot be listened on.
+    #[error("{endpoint}: cannot listen: {source}")]
+    Listen {
+        /// The endpoint.
+        endpoint: Endpoint,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl ChannelError {
+    /// Whether trying again later can help.
+    pub fn is_transient(&self) -> bool {
+        !matches!(self, Self::Plaintext { .. } | Self::Listen { .. })
+    }
+}
+
+/// An endpoint in use: makes one stream after the other.
+#[derive(Debug)]
+pub struct Channel {
+    endpoint: Endpoint,
+    plaintext: Plaintext,
+    listener: Option<Listener>,
+}
+
+#[derive(Debug)]
+enum Listener {
+    Tcp(TcpListener),
+    Unix { listener: UnixListener, _file: SocketFile },
+}
+
+/// Removes the socket's file when the listener goes.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+impl Channel {
+    /// Binds a listening endpoint; a connecting one is only checked when it connects.
+    ///
+    /// A UNIX socket is made with mode 0600; a file left there by a process that is gone is replaced.
+    ///
+    /// # Errors
+    /// [`ChannelError::Listen`], [`ChannelError::Plaintext`], [`ChannelError::Resolve`].
+    pub async fn open(endpoint: Endpoint, plaintext: Plaintext) -> Result<Self, ChannelError> {
+        let mut channel = Self { endpoint, plaintext, listener: None };
+        let listen = |source| ChannelError::Listen { endpoint: channel.endpoint.clone(), source };
+        channel.listener = match &channel.endpoint {
+            Endpoint::TcpListen { .. } => {
+                let addresses = channel.addresses().await?;
+                let listener = TcpListener::bind(&addresses[..]).await.map_err(listen)?;
+                Some(Listener::Tcp(listener))
+            }
+            Endpoint::UnixListen { path } => {
+                let listener = bind_unix(path).await.map_err(listen)?;
+                Some(Listener::Unix { listener, _file: SocketFile(path.clone()) })
+            }
+            _ => None,
+        };
+        Ok(channel)
+    }
+
+    /// Where it listens or connects to.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// The address listened on, if it is TCP; for endpoints with port 0.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        match &self.listener {
+            Some(Listener::Tcp(listener)) => listener.local_addr().ok(),
+            _ => None,
+        }
+    }
+
+    /// Connects once, or waits for the next peer. Safe to cancel.
+    ///
+    /// Over a UNIX socket only peers of our own user and root are let in; others are told in the log.
+    ///
+    /// # Errors
+    /// [`ChannelError`]; [`is_transient`](ChannelError::is_transient) tells whether to try again.
+    pub async fn stream(&mut self) -> Result<Stream, ChannelError> {
+        let failed = |source| ChannelError::Connect { endpoint: self.endpoint.clone(), source };
+        match &self.listener {
+            Some(Listener::Tcp(listener)) => {
+                let (stream, _) = listener.accept().await.map_err(failed)?;
+                Stream::tcp(stream).map_err(failed)
+            }
+            Some(Listener::Unix { listener, .. }) => loop {
+                let (stream, _) = listener.accept().await.map_err(failed)?;
+                let peer = stream.peer_cred().map_err(failed)?.uid();
+                if peer == 0 || peer == rustix::process::geteuid().as_raw() {
+                    return Ok(Stream::unix(stream));
+                }
+                tracing::warn!("{}: peer with user id {peer} refused", self.endpoint);
+            },
+            None => match &self.endpoint {
+                Endpoint::Unix { path } | Endpoint::UnixListen { path } => {
+                    UnixStream::connect(path).await.map(Stream::unix).map_err(failed)
+                }
+                Endpoint::Tcp { .. } | Endpoint::TcpListen { .. } => {
+                    let addresses = self.addresses().await?;
+                    let stream = TcpStream::connect(&addresses[..]).await.map_err(failed)?;
+                    Stream::tcp(stream).map_err(failed)
+                }
+            },
+        }
+    }
+
+    /// The TCP addresses of the endpoint, all of them allowed.
+    async fn addresses(&self) -> Result<Vec<SocketAddr>, ChannelError> {
+        let (Endpoint::Tcp { host, port } | Endpoint::TcpListen { host, port }) = &self.endpoint else {
+            return Ok(Vec::new());
+        };
+        let found = lookup_host((host.as_str(), *port)).await;
+        let addresses: Vec<SocketAddr> = found
+            .map_err(|source| ChannelError::Resolve { endpoint: self.endpoint.clone(), source })?
+            .collect();
+        let outside = addresses.iter().find(|address| !address.ip().to_canonical().is_loopback());
+        match outside {
+            Some(address) if self.plaintext == Plaintext::LoopbackOnly => {
+                Err(ChannelError::Plaintext { endpoint: self.endpoint.clone(), address: *address })
+            }
+            _ => Ok(addresses),
+        }
+    }
+}
+
+async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    if let Ok(found) = std::fs::symlink_metadata(path)
+        && found.file_type().is_socket()
+    {
+        match UnixStream::connect(path).await {
+            Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+            Err(error) => return Err(error),
+        }
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    fn endpoint(text: &str) -> Endpoint {
+        text.parse().unwrap()
+    }
+
+    async fn exchange(listen: Channel, connect: Endpoint) {
+        let mut listen = listen;
+        let mut connect = Channel::open(connect, Plaintext::LoopbackOnly).await.unwrap();
+        let (accepted, connected) = tokio::join!(listen.stream(), connect.stream());
+        let (mut accepted, mut connected) = (accepted.unwrap(), connected.unwrap());
+        for round in 0..3u8 {
+            connected.write_all(&[round; 40]).await.unwrap();
+            let mut got = [0; 40];
+            accepted.read_exact(&mut got).await.unwrap();
+            assert_eq!(got, [round; 40]);
+            accepted.write_all(&[round; 7]).await.unwrap();
+            let mut got = [0; 7];
+            connected.read_exact(&mut got).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn tcp_both_ends() {
+        let listen =
+            Channel::open(endpoint("tcp-listen:127.0.0.1:0"), Plaintext::LoopbackOnly).await.unwrap();
+        let port = listen.local_address().unwrap().port();
+        exchange(listen, endpoint(&format!("tcp:localhost:{port}"))).await;
+    }
+
+    #[tokio::test]
+    async fn unix_both_ends_and_a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("card.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let listening = endpoint(&format!("unix-listen:{}", path.display()));
+        let listen = Channel::open(listening.clone(), Plaintext::LoopbackOnly).await.unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let second = Channel::open(listening.clone(), Plaintext::LoopbackOnly).await.unwrap_err();
+        assert!(second.to_string().contains("another process listens there"), "{second}");
+        drop(listen);
+        let listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
+        exchange(listen, endpoint(&format!("unix:{}", path.display()))).await;
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn plain_text_stays_on_this_machine() {
+        for text in ["tcp:192.0.2.1:4242", "tcp:[2001:db8::1]:4242"] {
+            let mut channel = Channel::open(endpoint(text), Plaintext::LoopbackOnly).await.unwrap();
+            let error = channel.stream().await.unwrap_err();
+            assert!(matches!(error, ChannelError::Plaintext { .. }) && !error.is_transient());
+        }
+        let listen = Channel::open(endpoint("tcp-listen:0.0.0.0:0"), Plaintext::LoopbackOnly).await;
+        assert!(listen.unwrap_err().to_string().contains("--allow-plaintext"));
+        assert!(Channel::open(endpoint("tcp-listen:0.0.0.0:0"), Plaintext::Anywhere).await.is_ok());
+    }
+}

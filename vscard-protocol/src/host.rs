@@ -1,0 +1,510 @@
+//! The host's end of a VSCard connection: the side that uses the card, as QEMU's passthru device does.
+//!
+//! [`Host`] is one connection as a state machine without I/O and clock. It serves one reader with one card and is
+//! safe for old clients: libcacard's vscclient starts another thread for each Init it gets, so an Init is only
+//! ever a reply; it has a buffer of 270 bytes that it does not check, so no command longer than
+//! [`MAX_COMMAND`] goes out; it removes readers it never added, which is acknowledged.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use thiserror::Error;
+
+use crate::codec::{self, DecodeError, Decoder};
+use crate::message::{Body, ErrorCode, Init, MAGIC, MAX_PAYLOAD, Message, MessageType, ReaderId};
+use crate::{Atr, Command, Response, Secret};
+
+/// Longest command APDU sent to a client, in bytes: 5 + 255 + 1.
+pub const MAX_COMMAND: usize = 261;
+
+/// Late answers that are still waited for, so that the next one is not taken for them.
+const MOST_LATE: usize = 4;
+/// Messages that make no sense before the connection is given up.
+const MOST_NONSENSE: u32 = 64;
+
+/// Names a command between [`Input::Transmit`] and its outcome; chosen by the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(pub u64);
+
+/// What happens to a [`Host`].
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// Bytes from the client.
+    Received(&'a [u8]),
+    /// Give this command to the card.
+    Transmit(Token, Command),
+}
+
+/// What a [`Host`] wants done, or has to tell.
+#[derive(Debug)]
+pub enum Output {
+    /// Write these bytes, in one piece.
+    Send(Secret),
+    /// The client's reader has this name (its bytes, UTF-8 or not, at most 255).
+    ReaderAdded(Bytes),
+    /// A card is in; if one was in before, it is another one now.
+    Inserted(Atr),
+    /// No card is in any more.
+    Removed,
+    /// The card's response.
+    Answer(Token, Response),
+    /// There is no response and will be none.
+    Failed(Token, Failure),
+    /// Tell the user.
+    Notice(Notice),
+    /// Close the stream. Nothing comes after this.
+    Close(CloseReason),
+}
+
+/// Why a command got no response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Failure {
+    /// No card is in, or it went while the command was out.
+    #[error("the card was removed")]
+    Removed,
+    /// Nothing came in time.
+    #[error("the client did not answer in time")]
+    Mute,
+    /// The client answered with an Error.
+    #[error("the client could not reach its card: {0}")]
+    Refused(ErrorCode),
+    /// The client's answer is no response APDU.
+    #[error("the client's answer is no response APDU")]
+    NoResponse,
+    /// Longer than [`MAX_COMMAND`].
+    #[error("the command is longer than the {MAX_COMMAND} bytes that a client takes")]
+    TooLong,
+    /// Another command is out.
+    #[error("another command is under way")]
+    Busy,
+}
+
+/// News about a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Notice {
+    /// The client's ATR is none; the card is not taken.
+    #[error("ATR refused: {0}")]
+    BadAtr(crate::atr::AtrError),
+    /// A message that a client does not send; it was refused.
+    #[error("unexpected {0} message refused")]
+    Unexpected(MessageType),
+    /// An answer nobody asked for.
+    #[error("answer without a command ignored")]
+    Unasked,
+    /// A message that cannot be read.
+    #[error("message ignored: {0}")]
+    BadMessage(DecodeError),
+}
+
+/// Why a connection ends.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CloseReason {
+    /// The stream cannot be followed.
+    #[error("cannot follow the client: {0}")]
+    Decode(DecodeError),
+    /// The peer is no VSCard client.
+    #[error("magic at offset 12 of the client's Init is not VSCD: not a VSCard client")]
+    WrongMagic,
+    /// Too many commands without an answer.
+    #[error("the client has left {MOST_LATE} commands without an answer")]
+    Silent,
+    /// The client keeps sending what no client sends.
+    #[error("the client has sent more than {MOST_NONSENSE} messages that make no sense")]
+    TooMuchNonsense,
+}
+
+/// A command whose answer is to come.
+#[derive(Debug)]
+struct Pending {
+    /// `None` once nobody waits for it; its answer still has to be taken off the stream.
+    token: Option<Token>,
+    deadline: Instant,
+}
+
+/// One connection to a client, from the host's side.
+pub struct Host {
+    decoder: Decoder,
+    deadline: Duration,
+    output: VecDeque<Output>,
+    /// Oldest first: answers are told apart by their order alone.
+    pending: VecDeque<Pending>,
+    card: bool,
+    nonsense: u32,
+    closed: bool,
+}
+
+impl Host {
+    /// A host on a stream that was just opened; a command fails after `deadline` without an answer.
+    pub fn new(deadline: Duration) -> Self {
+        Self {
+            decoder: Decoder::new(MAX_PAYLOAD),
+            deadline,
+            output: VecDeque::new(),
+            pending: VecDeque::new(),
+            card: false,
+            nonsense: 0,
+            closed: false,
+        }
+    }
+
+    /// Takes what happened at `now`.
+    pub fn handle(&mut self, input: Input<'_>, now: Instant) {
+        match input {
+            Input::Received(mut bytes) => {
+                while !self.closed {
+                    match self.decoder.decode(&mut bytes) {
+                        None => break,
+                        Some(Ok(message)) => self.message(message),
+                        Some(Err(error)) if error.is_fatal() => self.close(CloseReason::Decode(error)),
+                        Some(Err(error)) => {
+                            self.output.push_back(Output::Notice(Notice::BadMessage(error)));
+                            self.send(ReaderId::FIRST, Body::Error(ErrorCode::GENERAL));
+                            self.nonsense();
+                        }
+                    }
+                }
+            }
+            Input::Transmit(token, command) => self.transmit(token, &command, now),
+        }
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.output.pop_front()
+    }
+
+    /// When [`handle_deadline`](Self::handle_deadline) is to be called next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.pending.iter().find(|pending| pending.token.is_some()).map(|pending| pending.deadline)
+    }
+
+    /// Fails what is due at `now`.
+    pub fn handle_deadline(&mut self, now: Instant) {
+        for pending in self.pending.iter_mut().filter(|pending| pending.deadline <= now) {
+            if let Some(token) = pending.token.take() {
+                self.output.push_back(Output::Failed(token, Failure::Mute));
+            }
+        }
+    }
+
+    fn transmit(&mut self, token: Token, command: &Command, now: Instant) {
+        let failure = if !self.card || self.closed {
+            Some(Failure::Removed)
+        } else if command.as_bytes().len() > MAX_COMMAND {
+            Some(Failure::TooLong)
+        } else if self.pending.iter().any(|pending| pending.token.is_some()) {
+            Some(Failure::Busy)
+        } else {
+            None
+        };
+        if let Some(failure) = failure {
+            return self.output.push_back(Output::Failed(token, failure));
+        }
+        if self.pending.len() >= MOST_LATE {
+            self.output.push_back(Output::Failed(token, Failure::Mute));
+            return self.close(CloseReason::Silent);
+        }
+        self.pending.push_back(Pending { token: Some(token), deadline: now + self.deadline });
+        self.send(ReaderId::FIRST, Body::Apdu(Secret::from(command.as_bytes())));
+    }
+
+    fn message(&mut self, Message { reader, body }: Message) {
+        match body {
+            Body::Init(init) if init.magic != MAGIC => self.close(CloseReason::WrongMagic),
+            Body::Init(_) => self.send(ReaderId::UNDEFINED, Body::Init(Init::ours())),
+            // Whatever id it asks for, the reader is the first and only one.
+            Body::ReaderAdd(name) => {
+                let name = name.slice(..name.len().min(255));
+                self.output.push_back(Output::ReaderAdded(name));
+                self.send(ReaderId::FIRST, Body::Error(ErrorCode::SUCCESS));
+            }
+            Body::ReaderRemove | Body::CardRemove => {
+                self.remove_card();
+                self.send(reader, Body::Error(ErrorCode::SUCCESS));
+            }
+            Body::Atr(bytes) => match Atr::parse(&bytes) {
+                Ok(atr) => {
+                    self.remove_card();
+                    self.card = true;
+                    self.output.push_back(Output::Inserted(atr));
+                    self.send(reader, Body::Error(ErrorCode::SUCCESS));
+                }
+                Err(error) => {
+                    self.output.push_back(Output::Notice(Notice::BadAtr(error)));
+                    self.send(reader, Body::Error(ErrorCode::GENERAL));
+                    self.nonsense();
+                }
+            },
+            Body::Apdu(bytes) => {
+                self.answered(Response::parse(bytes.expose()).map_err(|_| Failure::NoResponse));
+            }
+            // Clients send one to clear what an earlier client left, so one too many is no nonsense.
+            Body::Error(_) if self.pending.is_empty() => {}
+            Body::Error(code) => self.answered(Err(Failure::Refused(code))),
+            Body::FlushComplete => {}
+            Body::Flush | Body::Unknown(..) => {
+                self.output.push_back(Output::Notice(Notice::Unexpected(body.message_type())));
+                self.send(reader, Body::Error(ErrorCode::GENERAL));
+                self.nonsense();
+            }
+        }
+    }
+
+    fn answered(&mut self, outcome: Result<Response, Failure>) {
+        let Some(pending) = self.pending.pop_front() else {
+            self.output.push_back(Output::Notice(Notice::Unasked));
+            return self.nonsense();
+        };
+        if let Some(token) = pending.token {
+            self.output.push_back(match outcome {
+                Ok(response) => Output::Answer(token, response),
+                Err(failure) => Output::Failed(token, failure),
+            });
+        }
+    }
+
+    /// What was asked of the card fails; the client's answers to it are taken off the stream when they come.
+    fn remove_card(&mut self) {
+        for pending in &mut self.pending {
+            if let Some(token) = pending.token.take() {
+                self.output.push_back(Output::Failed(token, Failure::Removed));
+            }
+        }
+        if std::mem::replace(&mut self.card, false) {
+            self.output.push_back(Output::Removed);
+        }
+    }
+
+    fn send(&mut self, reader: ReaderId, body: Body) {
+        // Nothing sent here comes near the limit: commands are below 262 bytes.
+        if let Ok(bytes) = codec::encode(&Message::new(reader, body)) {
+            self.output.push_back(Output::Send(bytes));
+        }
+    }
+
+    fn nonsense(&mut self) {
+        self.nonsense += 1;
+        if self.nonsense > MOST_NONSENSE {
+            self.close(CloseReason::TooMuchNonsense);
+        }
+    }
+
+    fn close(&mut self, reason: CloseReason) {
+        if !std::mem::replace(&mut self.closed, true) {
+            self.remove_card();
+            self.output.push_back(Output::Close(reason));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::StatusWord;
+    use crate::client::{Client, ClientConfig};
+
+    fn atr() -> Bytes {
+        Bytes::copy_from_slice(Atr::t0(b"card").unwrap().as_bytes())
+    }
+
+    struct Wire {
+        host: Host,
+        now: Instant,
+    }
+
+    impl Wire {
+        fn new() -> Self {
+            Self { host: Host::new(Duration::from_secs(20)), now: Instant::now() }
+        }
+
+        /// What the host does about a message of the client.
+        fn say(&mut self, reader: u32, body: Body) -> Vec<String> {
+            let bytes = codec::encode(&Message::new(ReaderId(reader), body)).unwrap();
+            self.host.handle(Input::Received(bytes.expose()), self.now);
+            self.outputs()
+        }
+
+        fn transmit(&mut self, token: u64, bytes: &[u8]) -> Vec<String> {
+            let command = Command::parse(bytes).unwrap();
+            self.host.handle(Input::Transmit(Token(token), command), self.now);
+            self.outputs()
+        }
+
+        fn outputs(&mut self) -> Vec<String> {
+            std::iter::from_fn(|| self.host.poll_output()).map(|output| describe(&output)).collect()
+        }
+    }
+
+    fn describe(output: &Output) -> String {
+        match output {
+            Output::Send(bytes) => {
+                let mut bytes = bytes.expose();
+                let message = Decoder::new(MAX_PAYLOAD).decode(&mut bytes).unwrap().unwrap();
+                match message.body {
+                    Body::Error(code) => format!("{} for {}", code, message.reader),
+                    body => format!("send {}", body.message_type()),
+                }
+            }
+            Output::Inserted(atr) => format!("inserted {atr}"),
+            Output::Removed => "removed".into(),
+            Output::ReaderAdded(name) => format!("reader {}", String::from_utf8_lossy(name)),
+            Output::Answer(token, response) => format!("answer {} {}", token.0, response.status()),
+            Output::Failed(token, failure) => format!("failed {} {failure}", token.0),
+            Output::Notice(notice) => notice.to_string(),
+            Output::Close(reason) => format!("close: {reason}"),
+        }
+    }
+
+    fn ok() -> Body {
+        Body::Apdu(Secret::from(&[0x90, 0][..]))
+    }
+
+    #[test]
+    fn what_libcacards_vscclient_sends_is_served() {
+        let mut wire = Wire::new();
+        assert_eq!(wire.say(0, Body::Init(Init::ours())), ["send Init"]);
+        assert_eq!(wire.say(0, Body::ReaderRemove), ["success for 0"]);
+        assert_eq!(wire.say(0, Body::ReaderAdd(Bytes::new())), ["reader ", "success for 0"]);
+        assert_eq!(wire.say(0, Body::Atr(atr())), ["inserted 3B84400163617264", "success for 0"]);
+        assert_eq!(wire.transmit(1, &[0, 0xA4, 4, 0]), ["send APDU"]);
+        assert_eq!(wire.say(0, ok()), ["answer 1 9000"]);
+        assert_eq!(wire.say(0, Body::CardRemove), ["removed", "success for 0"]);
+        assert_eq!(wire.transmit(2, &[0, 0xA4, 4, 0]), ["failed 2 the card was removed"]);
+    }
+
+    #[test]
+    fn a_late_answer_is_not_taken_for_the_next_one() {
+        let mut wire = Wire::new();
+        wire.say(0, Body::Atr(atr()));
+        wire.transmit(1, &[0, 0xA4, 4, 0]);
+        wire.now = wire.host.next_deadline().unwrap();
+        wire.host.handle_deadline(wire.now);
+        assert_eq!(wire.outputs(), ["failed 1 the client did not answer in time"]);
+        wire.transmit(2, &[0, 0xB0, 0, 0]);
+        assert!(wire.say(0, ok()).is_empty());
+        assert_eq!(wire.say(0, ok()), ["answer 2 9000"]);
+    }
+
+    #[test]
+    fn an_answer_of_a_removed_card_never_reaches_the_next() {
+        let mut wire = Wire::new();
+        wire.say(0, Body::Atr(atr()));
+        wire.transmit(1, &[0, 0xA4, 4, 0]);
+        let swapped = wire.say(0, Body::Atr(atr()));
+        assert_eq!(swapped[..2], ["failed 1 the card was removed", "removed"]);
+        wire.transmit(2, &[0, 0xB0, 0, 0]);
+        assert!(wire.say(0, ok()).is_empty());
+        assert_eq!(wire.say(0, ok()), ["answer 2 9000"]);
+    }
+
+    #[test]
+    fn clients_that_lie_are_refused() {
+        let mut wire = Wire::new();
+        assert_eq!(
+            wire.say(5, Body::Unknown(MessageType(77), Bytes::new())),
+            ["unexpected type 0x4d message refused", "general error for 5"]
+        );
+        assert_eq!(
+            wire.say(0, Body::Atr(Bytes::from_static(&[0x3B]))),
+            ["ATR refused: ATR of 1 bytes ends before T0 at offset 1", "general error for 0"]
+        );
+        assert_eq!(wire.say(0, ok()), ["answer without a command ignored"]);
+        wire.say(0, Body::Atr(atr()));
+        let long = Command::build([0, 0xDB, 0, 0], &[0; 300], None).unwrap();
+        assert!(wire.transmit(1, long.as_bytes())[0].contains("longer than the 261 bytes"));
+        wire.transmit(2, &[0, 0xA4, 4, 0]);
+        assert_eq!(wire.transmit(3, &[0, 0xA4, 4, 0]), ["failed 3 another command is under way"]);
+        let magic = Init { magic: *b"XXXX", ..Init::ours() };
+        assert!(wire.say(0, Body::Init(magic)).last().unwrap().starts_with("close: magic at offset 12"));
+    }
+
+    #[test]
+    fn a_silent_client_is_left() {
+        let mut wire = Wire::new();
+        wire.say(0, Body::Atr(atr()));
+        for token in 0..4 {
+            wire.transmit(token, &[0, 0xA4, 4, 0]);
+            wire.now += Duration::from_secs(20);
+            wire.host.handle_deadline(wire.now);
+        }
+        wire.outputs();
+        let last = wire.transmit(9, &[0, 0xA4, 4, 0]);
+        assert!(last.last().unwrap().starts_with("close: the client has left 4 commands"), "{last:?}");
+    }
+
+    /// The two ends of this crate with each other.
+    #[test]
+    fn both_ends_understand_each_other() {
+        let mut now = Instant::now();
+        let mut host = Host::new(Duration::from_secs(20));
+        let card = Atr::t0(b"card").unwrap();
+        let mut client = Client::new(ClientConfig::new("reader"), Some(card), now);
+        let mut seen = Vec::new();
+        for _ in 0..10 {
+            loop {
+                let mut moved = false;
+                while let Some(output) = client.poll_output() {
+                    moved = true;
+                    match output {
+                        crate::client::Output::Send(bytes) => {
+                            host.handle(Input::Received(bytes.expose()), now);
+                        }
+                        crate::client::Output::Transmit(token, _) => {
+                            let response = Some(StatusWord::SUCCESS.into());
+                            client.handle(crate::client::Input::Answer(token, response), now);
+                        }
+                        crate::client::Output::Notice(_) => {}
+                        crate::client::Output::Close(reason) => panic!("{reason}"),
+                    }
+                }
+                while let Some(output) = host.poll_output() {
+                    moved = true;
+                    match output {
+                        Output::Send(bytes) => {
+                            client.handle(crate::client::Input::Received(bytes.expose()), now);
+                        }
+                        Output::Inserted(_) => {
+                            let command = Command::parse(&[0, 0xA4, 4, 0]).unwrap();
+                            host.handle(Input::Transmit(Token(7), command), now);
+                        }
+                        other => seen.push(describe(&other)),
+                    }
+                }
+                if !moved {
+                    break;
+                }
+            }
+            let Some(at) = client.next_deadline() else { break };
+            now = at;
+            client.handle_deadline(now);
+        }
+        assert!(seen.contains(&"reader reader".to_owned()), "{seen:?}");
+        assert!(seen.contains(&"answer 7 9000".to_owned()), "{seen:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_bytes_from_a_client_end_in_order(
+            chunks in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..60), 0..20),
+            messages in proptest::collection::vec((0u32..11, 0u32..3), 0..80),
+        ) {
+            let mut wire = Wire::new();
+            wire.say(0, Body::Atr(atr()));
+            for (step, (kind, reader)) in messages.into_iter().enumerate() {
+                wire.transmit(step as u64, &[0, 0xA4, 4, 0]);
+                let body = Body::Unknown(MessageType(kind), Bytes::from_static(&[0, 0, 0, 0]));
+                wire.say(reader, body);
+                prop_assert!(wire.host.pending.len() <= MOST_LATE);
+            }
+            for chunk in chunks {
+                wire.host.handle(Input::Received(&chunk), wire.now);
+                while wire.host.poll_output().is_some() {}
+            }
+        }
+    }
+}

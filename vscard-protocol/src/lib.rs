@@ -1,0 +1,22 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod apdu;
+pub mod atr;
+mod card;
+#[cfg(all(unix, feature = "io"))]
+pub mod chardev;
+pub mod client;
+pub mod codec;
+pub mod host;
+pub mod message;
+mod secret;
+mod t0;
+#[cfg(feature = "trace")]
+pub mod trace;
+
+pub use apdu::{Case, Command, CommandError, Response, ResponseError, StatusWord};
+pub use atr::Atr;
+pub use card::{Card, CardError, CardSource, Limits, Presence, PresenceWatch};
+pub use secret::Secret;
+pub use t0::T0;

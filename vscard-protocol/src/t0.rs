@@ -1,0 +1,229 @@
+//! Any card made fit for a reader that speaks T=0 TPDUs, as QEMU's `usb-ccid` does.
+
+use async_trait::async_trait;
+
+use crate::apdu::ins;
+use crate::card::PresenceWatch;
+use crate::{
+    Atr, Card, CardError, CardSource, Case, Command, Limits, Presence, Response, Secret, StatusWord,
+};
+
+/// A source whose cards look like T=0 cards with short APDUs.
+///
+/// The ATR becomes T=0 with the same historical bytes ([`Atr::t0`]). A command that has data but, as T=0 demands,
+/// no Le is given one, and the response waits for GET RESPONSE behind 61XX (ISO/IEC 7816-3 §12.2.1); a response
+/// longer than 256 bytes is handed out in the same way. 6CXX to an Le that was added here is answered here.
+/// A correct Le is never refused: what is shorter than Le is simply shorter.
+pub struct T0<S>(S);
+
+impl<S: CardSource> T0<S> {
+    /// Wraps `source`.
+    pub fn new(source: S) -> Self {
+        Self(source)
+    }
+}
+
+#[async_trait]
+impl<S: CardSource> CardSource for T0<S> {
+    fn presence(&self) -> PresenceWatch {
+        self.0.presence().map(|presence| match presence {
+            Presence::Present { insertion, atr, limits } => Presence::Present {
+                insertion,
+                atr: as_t0(&atr),
+                limits: Limits { response: Limits::SHORT.response, ..limits },
+            },
+            Presence::Absent => Presence::Absent,
+        })
+    }
+
+    async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        let card = self.0.power_on(insertion).await?;
+        let atr = as_t0(card.atr());
+        Ok(Box::new(T0Card { card, atr, rest: Secret::default(), last: StatusWord::SUCCESS }))
+    }
+}
+
+fn as_t0(atr: &Atr) -> Atr {
+    // An ATR has 15 historical bytes at most, so the fallback is never taken.
+    Atr::t0(atr.historical()).unwrap_or_else(|_| atr.clone())
+}
+
+struct T0Card {
+    card: Box<dyn Card>,
+    atr: Atr,
+    /// Response bytes that GET RESPONSE has not fetched yet.
+    rest: Secret,
+    /// Status word that follows them.
+    last: StatusWord,
+}
+
+impl T0Card {
+    /// At most `le` bytes of what waits, and the status word that goes with them.
+    fn next_part(&mut self, le: usize) -> Response {
+        let rest = std::mem::take(&mut self.rest);
+        let (now, later) = rest.expose().split_at(le.min(rest.len()));
+        if later.is_empty() {
+            return Response::new(now, self.last);
+        }
+        self.rest = Secret::from(later);
+        Response::new(now, StatusWord::more(later.len()))
+    }
+}
+
+/// Instructions that never have response data; a card may refuse them with an Le.
+fn has_no_response(command: &Command) -> bool {
+    matches!(
+        command.ins(),
+        ins::VERIFY | ins::CHANGE_REFERENCE_DATA | ins::RESET_RETRY_COUNTER | ins::PUT_DATA
+    )
+}
+
+#[async_trait]
+impl Card for T0Card {
+    fn atr(&self) -> &Atr {
+        &self.atr
+    }
+
+    async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+        if command.ins() == ins::GET_RESPONSE && !self.rest.is_empty() {
+            return Ok(self.next_part(command.le().unwrap_or(256)));
+        }
+        self.rest = Secret::default();
+        let data_only = matches!(command.case(), Case::C3Short | Case::C3Extended);
+        let mut response = if data_only && !has_no_response(command) {
+            let with_le = |le| {
+                Command::build(command.header(), command.data(), Some(le))
+                    .map_err(|error| CardError::Failed(error.to_string()))
+            };
+            let response = self.card.transmit(&with_le(256)?).await?;
+            match response.status() {
+                status if status.sw1() == 0x6C => {
+                    let exact = if status.sw2() == 0 { 256 } else { status.sw2().into() };
+                    self.card.transmit(&with_le(exact)?).await?
+                }
+                _ => response,
+            }
+        } else {
+            self.card.transmit(command).await?
+        };
+        let at_once = if data_only { 0 } else { command.le().unwrap_or(256).min(256) };
+        if response.data().len() > at_once {
+            self.rest = Secret::from(response.data());
+            self.last = response.status();
+            response =
+                if at_once == 0 { StatusWord::more(self.rest.len()).into() } else { self.next_part(at_once) };
+        }
+        Ok(response)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tokio::sync::watch;
+
+    use super::*;
+
+    /// Answers from a list and keeps what it was sent.
+    #[derive(Default)]
+    struct Script {
+        answers: Mutex<Vec<Vec<u8>>>,
+        sent: Mutex<Vec<Vec<u8>>>,
+    }
+
+    struct ScriptCard(Arc<Script>, Atr);
+
+    #[async_trait]
+    impl Card for ScriptCard {
+        fn atr(&self) -> &Atr {
+            &self.1
+        }
+
+        async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+            self.0.sent.lock().unwrap().push(command.as_bytes().to_vec());
+            Ok(Response::parse(&self.0.answers.lock().unwrap().remove(0)).unwrap())
+        }
+    }
+
+    struct ScriptSource(Arc<Script>, watch::Sender<Presence>);
+
+    #[async_trait]
+    impl CardSource for ScriptSource {
+        fn presence(&self) -> PresenceWatch {
+            self.1.subscribe().into()
+        }
+
+        async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
+            Ok(Box::new(ScriptCard(self.0.clone(), Atr::t1(b"card").unwrap())))
+        }
+    }
+
+    async fn exchange(answers: &[&[u8]], commands: &[&[u8]]) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+        let script = Arc::new(Script::default());
+        *script.answers.lock().unwrap() = answers.iter().map(|answer| answer.to_vec()).collect();
+        let present =
+            Presence::Present { insertion: 1, atr: Atr::t1(b"card").unwrap(), limits: Limits::EXTENDED };
+        let source = T0::new(ScriptSource(script.clone(), watch::channel(present).0));
+        let Presence::Present { atr, limits, .. } = source.presence().get() else { panic!("absent") };
+        assert_eq!(atr.to_string(), "3B84400163617264");
+        assert_eq!(limits.response, 258);
+        let mut card = source.power_on(1).await.unwrap();
+        let mut got = Vec::new();
+        for command in commands {
+            got.push(card.transmit(&Command::parse(command).unwrap()).await.unwrap().as_bytes().to_vec());
+        }
+        let sent = script.sent.lock().unwrap().clone();
+        (got, sent)
+    }
+
+    #[tokio::test]
+    async fn a_response_to_data_waits_for_get_response() {
+        let (got, sent) = exchange(
+            &[&[1, 2, 3, 4, 0x90, 0]],
+            &[&[0, 0xA4, 4, 0, 2, 0x3F, 0], &[0, 0xC0, 0, 0, 3], &[0, 0xC0, 0, 0, 1]],
+        )
+        .await;
+        assert_eq!(got, [vec![0x61, 4], vec![1, 2, 3, 0x61, 1], vec![4, 0x90, 0]]);
+        assert_eq!(sent, [[0, 0xA4, 4, 0, 2, 0x3F, 0, 0]]);
+    }
+
+    #[tokio::test]
+    async fn verify_is_given_no_le_and_6c_is_served_here() {
+        let (got, sent) = exchange(
+            &[&[0x90, 0], &[0x6C, 2], &[7, 8, 0x90, 0]],
+            &[&[0, 0x20, 0, 0, 1, 0x31], &[0, 0x56, 2, 0, 1, 1]],
+        )
+        .await;
+        assert_eq!(got, [vec![0x90, 0], vec![0x61, 2]]);
+        assert_eq!(
+            sent,
+            [vec![0, 0x20, 0, 0, 1, 0x31], vec![0, 0x56, 2, 0, 1, 1, 0], vec![0, 0x56, 2, 0, 1, 1, 2]]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_card_that_says_61_itself_is_drained_after_what_it_sent() {
+        let mut first = vec![0xAA; 256];
+        first.extend_from_slice(&[0x61, 0x10]);
+        let (got, sent) = exchange(
+            &[&first, &[9, 0x90, 0]],
+            &[&[0, 0x42, 0, 0, 1, 5], &[0, 0xC0, 0, 0, 0], &[0, 0xC0, 0, 0, 0x10]],
+        )
+        .await;
+        assert_eq!(got[0], [0x61, 0]);
+        assert_eq!(got[1], first);
+        assert_eq!(got[2], [9, 0x90, 0]);
+        assert_eq!(sent[1], [0, 0xC0, 0, 0, 0x10]);
+    }
+
+    #[tokio::test]
+    async fn any_other_command_throws_the_rest_away() {
+        let (got, _) = exchange(
+            &[&[1, 2, 0x90, 0], &[0x6A, 0x82], &[0x69, 0x85]],
+            &[&[0, 0xA4, 4, 0, 1, 9], &[0, 0xA4, 4, 0, 0], &[0, 0xC0, 0, 0, 2]],
+        )
+        .await;
+        assert_eq!(got, [vec![0x61, 2], vec![0x6A, 0x82], vec![0x69, 0x85]]);
+    }
+}
