@@ -46,6 +46,13 @@ pub struct EndpointError {
     problem: String,
 }
 
+impl Endpoint {
+    /// Whether it waits for peers instead of connecting to one.
+    pub fn is_listening(&self) -> bool {
+        matches!(self, Self::TcpListen { .. } | Self::UnixListen { .. })
+    }
+}
+
 impl FromStr for Endpoint {
     type Err = EndpointError;
 

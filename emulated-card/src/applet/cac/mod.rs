@@ -1,0 +1,64 @@
+//! The CAC card edge: GSC-IS 2.1 (NISTIR 6887) "virtual machine" cards, with the additions of the CAC Applet
+//! Developer Guide.
+//!
+//! | applet | AID | what is in it |
+//! |---|---|---|
+//! | card capability container | `A0 00 00 01 16 DB 00` | card number, where the containers are |
+//! | access control | `A0 00 00 00 79 03 00` | GET ACR |
+//! | PKI container *i* | `A0 00 00 00 79 01 0i` | certificate and private key *i* |
+//! | GlobalPlatform | `A0 00 00 00 03 00 00` | production data with a serial number |
+//! | Microsoft plug-and-play | `A0 00 00 03 97 43 49 44 5F 01 00` | the card's kind, for Windows |
+//!
+//! Where the guide leaves an error status open, the choice is ISO/IEC 7816-4's: 6700 for a body of the wrong
+//! length, 6A80 for a wrong value in it, 6A86 for P1-P2, 6A88 for a tag or identifier that is not there.
+
+mod access;
+mod container;
+
+use vscard_protocol::apdu::aid;
+
+use super::{Applet, discovery};
+use crate::card::CardBuildError;
+use crate::keys::Certificate;
+use crate::state::CardId;
+
+/// PKI containers a card can have (`A0 00 00 00 79 01 00` to `… 09`).
+pub(crate) const MAX_CERTIFICATES: usize = 10;
+
+/// Tag of the applet family and version, first in each answer about an applet (GSC-IS 2.1 §5.3.4).
+const TAG_APPLET_INFORMATION: u8 = 0x01;
+
+/// Instruction-independent name of PKI container `index`: last two bytes of its AID, and its object identifier.
+fn pki_id(index: u8) -> [u8; 2] {
+    [0x01, index]
+}
+
+/// The application identifier of a PKI container.
+fn pki_aid(index: u8) -> [u8; 7] {
+    let ([a, b, c, d, e], [f, g]) = (aid::RID_CAC, pki_id(index));
+    [a, b, c, d, e, f, g]
+}
+
+/// All applets of a CAC with these certificates.
+pub(crate) fn applets(
+    certificates: &[Certificate],
+    id: &CardId,
+) -> Result<Vec<Box<dyn Applet>>, CardBuildError> {
+    if certificates.is_empty() {
+        return Err(CardBuildError::NoCertificates);
+    }
+    let count = match u8::try_from(certificates.len()) {
+        Ok(count) if certificates.len() <= MAX_CERTIFICATES => count,
+        _ => return Err(CardBuildError::TooManyCertificates { count: certificates.len() }),
+    };
+    let mut applets: Vec<Box<dyn Applet>> = vec![
+        Box::new(container::card_capability(count, id)),
+        Box::new(access::AccessControl::new(count)),
+        Box::new(discovery::global_platform(id)),
+        Box::new(discovery::microsoft_plug_and_play()),
+    ];
+    for (index, certificate) in (0..count).zip(certificates) {
+        applets.push(Box::new(container::pki(index, certificate)?));
+    }
+    Ok(applets)
+}

@@ -1,0 +1,97 @@
+//! What must be known of a certificate before login, from its DER.
+
+use std::time::Duration;
+
+use x509_cert::der::asn1::{ObjectIdentifier, UintRef};
+use x509_cert::der::{AnyRef, Decode, Reader, SliceReader, Tag, Tagged};
+use x509_cert::spki::SubjectPublicKeyInfoRef;
+use x509_cert::time::Validity;
+
+const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
+const RSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10");
+const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
+
+/// The parts of a certificate that matter here.
+pub(super) struct Parts {
+    /// SubjectPublicKeyInfo, DER.
+    pub(super) public_key: Vec<u8>,
+    /// notAfter, then notBefore, since 1970: the greater, the later the certificate.
+    pub(super) validity: (Duration, Duration),
+    pub(super) key: Key,
+}
+
+pub(super) enum Key {
+    /// An RSA key with its modulus, no leading zero.
+    Rsa { modulus: Vec<u8> },
+    /// Another kind, by its usual name or object identifier.
+    Other(String),
+}
+
+/// Length in bits of a big-endian number without leading zero bytes.
+pub(super) fn bits(number: &[u8]) -> usize {
+    number.first().map_or(0, |first| number.len() * 8 - first.leading_zeros() as usize)
+}
+
+/// Takes a certificate apart.
+///
+/// Only what is needed is decoded: a certificate with an odd extension or serial number is as good as another
+/// here.
+pub(super) fn parse(der: &[u8]) -> x509_cert::der::Result<Parts> {
+    let certificate = AnyRef::from_der(der)?;
+    certificate.tag().assert_eq(Tag::Sequence)?;
+    let tbs = AnyRef::decode(&mut SliceReader::new(certificate.value())?)?;
+    tbs.tag().assert_eq(Tag::Sequence)?;
+    // RFC 5280 §4.1: [version,] serial number, signature, issuer, validity, subject, public key.
+    let mut fields = SliceReader::new(tbs.value())?;
+    if fields.peek_header()?.tag.is_context_specific() {
+        fields.tlv_bytes()?;
+    }
+    for _ in 0..3 {
+        fields.tlv_bytes()?;
+    }
+    let validity = Validity::from_der(fields.tlv_bytes()?)?;
+    fields.tlv_bytes()?;
+    let public_key = fields.tlv_bytes()?;
+    Ok(Parts {
+        public_key: public_key.to_vec(),
+        validity: (validity.not_after.to_unix_duration(), validity.not_before.to_unix_duration()),
+        key: parse_key(public_key)?,
+    })
+}
+
+fn parse_key(public_key: &[u8]) -> x509_cert::der::Result<Key> {
+    let info = SubjectPublicKeyInfoRef::from_der(public_key)?;
+    Ok(match info.algorithm.oid {
+        RSA => {
+            let key = AnyRef::from_der(info.subject_public_key.raw_bytes())?;
+            key.tag().assert_eq(Tag::Sequence)?;
+            let modulus = UintRef::decode(&mut SliceReader::new(key.value())?)?;
+            Key::Rsa { modulus: modulus.as_bytes().to_vec() }
+        }
+        EC => Key::Other("EC".to_owned()),
+        RSA_PSS => Key::Other("RSA-PSS".to_owned()),
+        other => Key::Other(other.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_counted_from_the_highest_one() {
+        assert_eq!(bits(&[]), 0);
+        assert_eq!(bits(&[1]), 1);
+        assert_eq!(bits(&[0x80, 0]), 16);
+        assert_eq!(bits(&[0x7f, 0]), 15);
+    }
+
+    #[test]
+    fn rubbish_is_an_error() {
+        for der in
+            [&b""[..], b"\x30", b"\x30\x00", b"\x30\x02\x30\x00", b"\x30\x84\xff\xff\xff\xff", &[0x30; 99]]
+        {
+            assert!(parse(der).is_err(), "{der:02x?}");
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! A card in a place where it can be inserted, removed and powered: [`CardSource`] over the synchronous core.
+//!
+//! Each slot has one thread, which owns the core and does all that blocks. Callers leave at most one power-up and
+//! one command in a mailbox, so nothing can queue up behind a slow key operation, and wait without a runtime.
+//! There is no deadline: a command takes as long as the key store does.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::sync::{oneshot, watch};
+use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch, Response};
+
+use crate::card::{EmulatedCard, Step};
+
+/// A card and the slot it is in. Dropping it removes the card for good.
+///
+/// ```no_run
+/// # async fn example(card: emulated_card::card::EmulatedCard) -> Result<(), Box<dyn std::error::Error>> {
+/// use emulated_card::shell::CardSlot;
+/// use vscard_protocol::{CardSource, Command};
+///
+/// let slot = CardSlot::new(card)?;
+/// let insertion = slot.insert();
+/// let mut card = slot.power_on(insertion).await?;
+/// let response = card.transmit(&Command::parse(&[0x00, 0x20, 0x00, 0x00])?).await?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct CardSlot {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    atr: Atr,
+    mailbox: Mutex<Mailbox>,
+    changed: Condvar,
+    presence: watch::Sender<Presence>,
+}
+
+#[derive(Default)]
+struct Mailbox {
+    /// The card that is in.
+    insertion: Option<u64>,
+    /// The number of the last one.
+    insertions: u64,
+    session: Option<Session>,
+    sessions: u64,
+    /// The core is to be reset before anything else: a session began or ended.
+    reset: bool,
+    /// Who waits for that.
+    powered: Option<oneshot::Sender<()>>,
+    command: Option<(Command, oneshot::Sender<Response>)>,
+    forget_after: Option<Duration>,
+    closed: bool,
+}
+
+struct Session {
+    id: u64,
+    /// Dropped when the card is removed, which wakes the session's owner.
+    _removed: oneshot::Sender<()>,
+}
+
+impl CardSlot {
+    /// A slot with `card` at hand and not inserted.
+    ///
+    /// # Errors
+    /// The system has no thread to give.
+    pub fn new(card: EmulatedCard) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            atr: card.atr().clone(),
+            mailbox: Mutex::default(),
+            changed: Condvar::new(),
+            presence: watch::Sender::new(Presence::Absent),
+        });
+        let worker = Worker { core: card, shared: Arc::clone(&shared) };
+        std::thread::Builder::new().name("card".into()).spawn(move || worker.run())?;
+        Ok(Self { shared })
+    }
+
+    /// Inserts the card, if it is not in. Returns the number of the insertion.
+    pub fn insert(&self) -> u64 {
+        let mut mailbox = self.shared.lock();
+        if let Some(insertion) = mailbox.insertion {
+            return insertion;
+        }
+        mailbox.insertions += 1;
+        let insertion = mailbox.insertions;
+        if !mailbox.closed {
+            mailbox.insertion = Some(insertion);
+            let atr = self.shared.atr.clone();
+            self.shared.presence.send_replace(Presence::Present { insertion, atr, limits: Limits::EXTENDED });
+        }
+        insertion
+    }
+
+    /// Removes the card, if it is in. A session ends at once, with [`CardError::Removed`]; a command being worked
+    /// on changes nothing any more.
+    pub fn remove(&self) {
+        self.shared.remove(&mut self.shared.lock());
+    }
+
+    /// Whether a verified PIN is forgotten after that long without a command, and after how long.
+    pub fn forget_pin(&self, after: Option<Duration>) {
+        self.shared.lock().forget_after = after;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for CardSlot {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
+#[async_trait]
+impl CardSource for CardSlot {
+    fn presence(&self) -> PresenceWatch {
+        self.shared.presence.subscribe().into()
+    }
+
+    async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        let (mut card, mut powered) = self.shared.begin(insertion)?;
+        or_removed(&mut card.removed, &mut powered).await?;
+        Ok(Box::new(card))
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Mailbox> {
+        // Nothing that holds the lock can panic half-way through a change.
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(self: &Arc<Self>, insertion: u64) -> Result<(PoweredCard, oneshot::Receiver<()>), CardError> {
+        let mut mailbox = self.lock();
+        if mailbox.insertion != Some(insertion) {
+            return Err(CardError::Removed);
+        }
+        if mailbox.session.is_some() {
+            return Err(CardError::Busy);
+        }
+        mailbox.sessions += 1;
+        let session = mailbox.sessions;
+        let (removed_sender, removed) = oneshot::channel();
+        let (powered_sender, powered) = oneshot::channel();
+        mailbox.session = Some(Session { id: session, _removed: removed_sender });
+        mailbox.powered = Some(powered_sender);
+        mailbox.reset = true;
+        self.changed.notify_all();
+        Ok((PoweredCard { shared: Arc::clone(self), session, removed, answer: None }, powered))
+    }
+
+    /// Ends the session there is, if any. What it left in the mailbox is not begun.
+    fn end_session(&self, mailbox: &mut Mailbox) {
+        // First the sign of removal, so that whoever misses an answer knows why.
+        if mailbox.session.take().is_some() {
+            mailbox.powered = None;
+            mailbox.command = None;
+            mailbox.reset = true;
+            self.changed.notify_all();
+        }
+    }
+
+    fn remove(&self, mailbox: &mut Mailbox) {
+        self.end_session(mailbox);
+        if mailbox.insertion.take().is_some() {
+            self.presence.send_replace(Presence::Absent);
+        }
+    }
+
+    fn close(&self) {
+        let mut mailbox = self.lock();
+        mailbox.closed = true;
+        self.remove(&mut mailbox);
+        self.changed.notify_all();
+    }
+}
+
+/// The thread that owns the core.
+struct Worker {
+    core: EmulatedCard,
+    shared: Arc<Shared>,
+}
+
+enum Task {
+    Reset(Option<oneshot::Sender<()>>),
+    Command(Command, oneshot::Sender<Response>),
+    ForgetPin,
+    End,
+}
+
+impl Worker {
+    fn run(mut self) {
+        loop {
+            match self.next() {
+                Task::Reset(powered) => {
+                    self.core.reset();
+                    // Nobody may be waiting any more; so it is below.
+                    let _ = powered.map(|powered| powered.send(()));
+                }
+                Task::Command(command, reply) => {
+                    let response = match self.core.command(&command) {
+                        Step::Answer(response) => response,
+                        Step::Work(job) => {
+                            let done = job.run();
+                            if self.shared.lock().reset {
+                                // The session ended meanwhile: what comes of the job must find the card reset.
+                                self.core.reset();
+                            }
+                            self.core.finish(done)
+                        }
+                    };
+                    let _ = reply.send(response);
+                }
+                Task::ForgetPin => self.core.logout(),
+                Task::End => return,
+            }
+        }
+    }
+
+    fn next(&self) -> Task {
+        let mut mailbox = self.shared.lock();
+        let idle_since = Instant::now();
+        loop {
+            if mailbox.reset {
+                mailbox.reset = false;
+                return Task::Reset(mailbox.powered.take());
+            }
+            if let Some((command, reply)) = mailbox.command.take() {
+                return Task::Command(command, reply);
+            }
+            if mailbox.closed {
+                return Task::End;
+            }
+            let changed = &self.shared.changed;
+            mailbox = match mailbox.forget_after {
+                Some(after) if self.core.is_logged_in() => {
+                    let Some(left) = after.checked_sub(idle_since.elapsed()) else { return Task::ForgetPin };
+                    changed.wait_timeout(mailbox, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+                _ => changed.wait(mailbox).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+}
+
+impl Drop for Worker {
+    /// Also when a key store panicked: then the card is gone, and nobody waits for its answers.
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
+/// A session.
+struct PoweredCard {
+    shared: Arc<Shared>,
+    session: u64,
+    removed: oneshot::Receiver<()>,
+    /// Of a command that was begun and whose answer nobody took.
+    answer: Option<oneshot::Receiver<Response>>,
+}
+
+impl PoweredCard {
+    /// Leaves a command for the worker, which has none of this session's.
+    fn submit(&self, command: &Command) -> Result<oneshot::Receiver<Response>, CardError> {
+        let mut mailbox = self.shared.lock();
+        if mailbox.session.as_ref().is_none_or(|session| session.id != self.session) {
+            return Err(CardError::Removed);
+        }
+        let (reply, answer) = oneshot::channel();
+        mailbox.command = Some((command.clone(), reply));
+        self.shared.changed.notify_all();
+        Ok(answer)
+    }
+}
+
+#[async_trait]
+impl Card for PoweredCard {
+    fn atr(&self) -> &Atr {
+        &self.shared.atr
+    }
+
+    async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+        if let Some(earlier) = &mut self.answer {
+            let outcome = or_removed(&mut self.removed, earlier).await;
+            self.answer = None;
+            outcome?;
+        }
+        let answer = self.answer.insert(self.submit(command)?);
+        let outcome = or_removed(&mut self.removed, answer).await;
+        self.answer = None;
+        outcome
+    }
+}
+
+impl Drop for PoweredCard {
+    fn drop(&mut self) {
+        let mut mailbox = self.shared.lock();
+        if mailbox.session.as_ref().is_some_and(|session| session.id == self.session) {
+            self.shared.end_session(&mut mailbox);
+        }
+    }
+}
+
+/// Waits for `answer`, or for the card to be removed.
+async fn or_removed<T>(
+    removed: &mut oneshot::Receiver<()>,
+    answer: &mut oneshot::Receiver<T>,
+) -> Result<T, CardError> {
+    poll_fn(|context| {
+        if Pin::new(&mut *removed).poll(context).is_ready() {
+            return Poll::Ready(Err(CardError::Removed));
+        }
+        Pin::new(&mut *answer).poll(context).map(|answer| answer.map_err(|_| CardError::Removed))
+    })
+    .await
+}

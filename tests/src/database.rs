@@ -1,0 +1,131 @@
+//! NSS databases with certificates, made by NSS's own tools.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+/// Nicknames of the three certificates.
+pub const NAMES: [&str; 3] = ["id-cert", "signing-cert", "encryption-cert"];
+/// The databases' password, which is the card's PIN.
+pub const PIN: &str = "271828";
+
+/// A database of three RSA-2048 certificates and their keys. Removed when dropped.
+pub struct Database {
+    directory: TempDir,
+}
+
+impl Database {
+    /// A database whose password is [`PIN`].
+    pub fn with_password() -> Result<Self> {
+        Self::like(PIN)
+    }
+
+    /// A database without a password.
+    pub fn without_password() -> Result<Self> {
+        Self::like("")
+    }
+
+    /// Generating keys takes seconds, so each kind is made once and copied; the keys are the same in all copies.
+    fn like(password: &'static str) -> Result<Self> {
+        static MADE: Mutex<Vec<(&str, TempDir)>> = Mutex::new(Vec::new());
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        if !made.iter().any(|(kind, _)| *kind == password) {
+            made.push((password, make(password)?));
+        }
+        let directory = tempfile::tempdir()?;
+        for (_, template) in made.iter().filter(|(kind, _)| *kind == password) {
+            for entry in std::fs::read_dir(template.path())? {
+                let entry = entry?;
+                std::fs::copy(entry.path(), directory.path().join(entry.file_name()))?;
+            }
+        }
+        Ok(Self { directory })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// As `--db` takes it.
+    pub fn spec(&self) -> String {
+        format!("sql:{}", self.path().display())
+    }
+
+    /// The public key of a certificate, PEM, in a file of the database's directory.
+    pub fn public_key(&self, name: &str) -> Result<PathBuf> {
+        let certificate = output(Command::new("certutil").args(["-L", "-a", "-n", name, "-d", &self.spec()]))?;
+        let pem = self.path().join(format!("{name}.pem"));
+        std::fs::write(&pem, certificate)?;
+        let key =
+            output(Command::new("openssl").args(["x509", "-noout", "-pubkey", "-in"]).arg(&pem))?;
+        let file = self.path().join(format!("{name}.pub"));
+        std::fs::write(&file, key)?;
+        Ok(file)
+    }
+
+    /// Whether openssl takes `signature` (PKCS#1 v1.5, SHA-256) of `message` for that of a certificate's key.
+    pub fn verifies(&self, name: &str, message: &[u8], signature: &[u8]) -> Result<bool> {
+        let key = self.public_key(name)?;
+        let (data, sig) = (self.path().join("message"), self.path().join("signature"));
+        std::fs::write(&data, message)?;
+        std::fs::write(&sig, signature)?;
+        let said = Command::new("openssl")
+            .args(["dgst", "-sha256", "-verify"])
+            .arg(&key)
+            .arg("-signature")
+            .args([&sig, &data])
+            .output()?;
+        Ok(said.status.success() && said.stdout.starts_with(b"Verified OK"))
+    }
+
+    /// `message` encrypted to a certificate, PKCS#1 v1.5.
+    pub fn encrypt(&self, name: &str, message: &[u8]) -> Result<Vec<u8>> {
+        let key = self.public_key(name)?;
+        let plain = self.path().join("plain");
+        std::fs::write(&plain, message)?;
+        output(
+            Command::new("openssl").args(["pkeyutl", "-encrypt", "-pubin", "-inkey"]).arg(&key).arg("-in").arg(&plain),
+        )
+    }
+}
+
+fn make(password: &str) -> Result<TempDir> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path();
+    let (spec, secret, noise) =
+        (format!("sql:{}", path.display()), path.join("password"), path.join("noise"));
+    std::fs::write(&secret, password)?;
+    std::fs::write(&noise, std::fs::read("/proc/sys/kernel/random/uuid")?.repeat(8))?;
+    let certutil = |args: &[&str]| {
+        let mut command = Command::new("certutil");
+        command.args(args).args(["-d", &spec, "-f"]).arg(&secret);
+        output(&mut command)
+    };
+    certutil(&["-N"])?;
+    let noise = noise.to_string_lossy();
+    let common = ["-S", "-z", &noise, "-g", "2048", "-v", "120"];
+    let signed = |args: &[&str]| certutil(&[&common[..], args].concat());
+    signed(&["-n", "test-ca", "-s", "CN=Test CA", "-x", "-t", "TC,TC,TC", "-m", "1"])?;
+    for (serial, name) in ["2", "3", "4"].into_iter().zip(NAMES) {
+        let subject = format!("CN=Jane Doe {name}");
+        signed(&["-n", name, "-s", &subject, "-c", "test-ca", "-t", ",,", "-m", serial])?;
+    }
+    Ok(directory)
+}
+
+/// What a program prints; its complaints if it fails.
+fn output(command: &mut Command) -> Result<Vec<u8>> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{name} cannot be started; `cargo xtask setup` installs it"))?;
+    if !output.status.success() {
+        bail!("{name}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(output.stdout)
+}

@@ -1,0 +1,4 @@
+//! End to end: the stack in a real guest, one scenario after the other.
+
+mod card;
+mod guest;

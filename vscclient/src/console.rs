@@ -1,0 +1,118 @@
+//! The commands a user can type on a terminal.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+
+use emulated_card::shell::CardSlot;
+use tokio::sync::mpsc;
+use vscard_protocol::{CardSource, Presence};
+
+use crate::log::Level;
+use crate::session::Wish;
+
+const HELP: &str = "\
+insert        put the card into the reader
+remove        pull the card out of the reader
+select [ID]   choose a reader; there is one, 0
+list          the reader, and whether its card is in
+debug [N]     verbosity: 0, 1 to 10 for details, above 10 for everything
+help          this text
+exit          take the card out of the guest and end";
+
+/// What a console acts on.
+pub(crate) struct Console {
+    pub(crate) slot: Arc<CardSlot>,
+    pub(crate) reader: String,
+    pub(crate) level: Level,
+    pub(crate) wishes: mpsc::Sender<Wish>,
+}
+
+impl Console {
+    /// Reads commands on a thread of its own, if standard input is a terminal; ends with its end.
+    pub(crate) fn start(self) {
+        if !std::io::stdin().is_terminal() {
+            return;
+        }
+        let spawned = std::thread::Builder::new().name("console".into()).spawn(move || self.run());
+        if let Err(error) = spawned {
+            tracing::warn!("no console: {error}");
+        }
+    }
+
+    fn run(self) {
+        let mut line = String::new();
+        loop {
+            print("> ");
+            line.clear();
+            match std::io::stdin().read_line(&mut line) {
+                Ok(0) | Err(_) => return print("\n"),
+                Ok(_) => {}
+            }
+            match self.command(&line) {
+                Answer::Text(text) if text.is_empty() => {}
+                Answer::Text(text) => print(&format!("{text}\n")),
+                Answer::Exit => {
+                    let _ = self.wishes.blocking_send(Wish::Leave);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn command(&self, line: &str) -> Answer {
+        let mut words = line.split_whitespace();
+        let Some(word) = words.next() else { return Answer::Text(String::new()) };
+        let argument = words.next();
+        // As with the old vscclient, the beginning of a command is enough.
+        let known = ["insert", "remove", "select", "list", "debug", "help", "exit"];
+        let command = known.into_iter().find(|command| command.starts_with(word)).unwrap_or("help");
+        Answer::Text(match command {
+            "exit" => return Answer::Exit,
+            "debug" => {
+                self.level.set(argument.map_or(1, |level| level.parse().unwrap_or(1)));
+                String::new()
+            }
+            "insert" | "remove" | "select" if argument.is_some_and(|id| id != "0") => {
+                "there is one reader, 0".into()
+            }
+            "insert" => {
+                if self.is_in() {
+                    "the card is in".into()
+                } else {
+                    self.slot.insert();
+                    String::new()
+                }
+            }
+            "remove" => {
+                if self.is_in() {
+                    self.slot.remove();
+                    String::new()
+                } else {
+                    "the card is out".into()
+                }
+            }
+            "select" => "reader 0 is selected".into(),
+            "list" => {
+                let card = if self.is_in() { "card in" } else { "no card" };
+                format!("0 {:?} {card}", self.reader)
+            }
+            _ => HELP.into(),
+        })
+    }
+
+    fn is_in(&self) -> bool {
+        matches!(self.slot.presence().get(), Presence::Present { .. })
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    Text(String),
+    Exit,
+}
+
+/// A terminal that is gone is no reason to end.
+fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}

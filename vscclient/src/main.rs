@@ -1,0 +1,128 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod args;
+mod card;
+mod console;
+mod legacy;
+mod log;
+mod session;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Parser;
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use vscard_protocol::chardev::Channel;
+use vscard_protocol::client::ClientConfig;
+use vscard_protocol::trace::Traced;
+use vscard_protocol::{CardSource, T0};
+
+use crate::args::{CardSpec, Cli, Command, Serve};
+use crate::console::Console;
+use crate::log::Level;
+use crate::session::{End, Wish};
+
+const USAGE: u8 = 2;
+const NO_CARD: u8 = 3;
+const DISCONNECTED: u8 = 4;
+const UNUSABLE: u8 = 5;
+
+fn main() -> ExitCode {
+    keep_memory_private();
+    let cli = Cli::parse();
+    match cli.command {
+        Some(Command::Unlock(unlock)) => match card::unlock(&unlock.card.spec()) {
+            Ok(done) => {
+                println!("{done}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(NO_CARD, &error.to_string()),
+        },
+        None => serve(cli.serve),
+    }
+}
+
+/// PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
+fn keep_memory_private() {
+    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+}
+
+fn fail(status: u8, message: &str) -> ExitCode {
+    eprintln!("vscclient: {message}");
+    ExitCode::from(status)
+}
+
+fn serve(mut serve: Serve) -> ExitCode {
+    let spec = match serve.card() {
+        Ok(spec) => spec,
+        Err(error) => return fail(USAGE, &error),
+    };
+    let endpoint = match serve.endpoint() {
+        Ok(endpoint) => endpoint,
+        Err(error) => return fail(USAGE, &error),
+    };
+    let level = Level::start(serve.debug_level());
+    let setup = match card::set_up(&spec, &serve) {
+        Ok(setup) => setup,
+        Err(error) => return fail(NO_CARD, &error.to_string()),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
+    };
+    let end = runtime.block_on(async {
+        let channel = Channel::open(endpoint, serve.plaintext()).await;
+        match channel {
+            Ok(channel) => run(channel, setup, &spec, &serve, level).await,
+            Err(error) => End::Unusable(error),
+        }
+    });
+    // A thread that waits for a line on the terminal does not hold up the end.
+    runtime.shutdown_background();
+    match end {
+        End::Left => ExitCode::SUCCESS,
+        End::Disconnected => ExitCode::from(DISCONNECTED),
+        End::Unusable(error) => fail(UNUSABLE, &error.to_string()),
+    }
+}
+
+async fn run(channel: Channel, setup: card::Setup, spec: &CardSpec, serve: &Serve, level: Level) -> End {
+    let (wishes, mut wanted) = mpsc::channel(4);
+    watch_signals(&wishes);
+    let slot = Arc::new(setup.slot);
+    slot.insert();
+    Console { slot: slot.clone(), reader: spec.reader.clone(), level, wishes }.start();
+    let source: Arc<dyn CardSource> = if serve.trace {
+        Arc::new(T0::new(Traced::new(slot.clone(), log::trace_sink())))
+    } else {
+        Arc::new(T0::new(slot.clone()))
+    };
+    let config = ClientConfig::new(spec.reader.clone());
+    session::run(source, channel, config, !serve.no_reconnect, &mut wanted).await
+}
+
+/// The first signal leaves in order, the second at once.
+fn watch_signals(wishes: &mpsc::Sender<Wish>) {
+    let leaving = Arc::new(AtomicBool::new(false));
+    for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+        match signal(kind) {
+            Ok(mut signal) => {
+                let (wishes, leaving) = (wishes.clone(), leaving.clone());
+                tokio::spawn(async move {
+                    while signal.recv().await.is_some() {
+                        if leaving.swap(true, Ordering::Relaxed) {
+                            std::process::exit(1);
+                        }
+                        let _ = wishes.send(Wish::Leave).await;
+                    }
+                });
+            }
+            Err(error) => tracing::warn!("signal {kind:?} cannot be watched: {error}"),
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The project's chores. Needs cargo and Debian's tools, no crate and no C library: it has to run before
+//! anything is installed.
+
+#![forbid(unsafe_code)]
+
+mod packages;
+mod steps;
+
+use std::process::ExitCode;
+
+use steps::{Failure, Steps};
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  setup               install the Debian packages that building and testing need
+  test [ARGS]         everything: unit tests, then the stack against QEMU, a Debian guest, pcscd and OpenSC
+  soak [ARGS]         the stack tests again, longer: with STACK_SCALE=soak
+  demo [ARGS]         boot a guest and use a virtual card in it
+  bench [ARGS]        measure the libraries, then the stack
+  guest               build the test guest's image
+
+ARGS go to the last step: a filter and options of the test program, or the demo's or benchmark's own.
+
+examples:
+  cargo xtask setup
+  cargo xtask test
+  cargo xtask test guest_boots        only stack tests whose name has this in it (unit tests all run)
+  STACK_SCALE=soak cargo xtask test   what `cargo xtask soak` does, and the unit tests before it
+  cargo xtask demo -- --help
+";
+
+/// What the stack tests start: the programs of these packages.
+const PROGRAMS: [&str; 6] = ["build", "--locked", "-p", "vscclient", "-p", "stack-tests"];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let Some((command, mut rest)) = args.split_first() else {
+        eprint!("{USAGE}");
+        return ExitCode::from(2);
+    };
+    if rest.first().is_some_and(|arg| arg == "--") {
+        rest = &rest[1..];
+    }
+    let mut steps = Steps::new();
+    let done = match command.as_str() {
+        "setup" => setup(&mut steps),
+        "test" => test(&mut steps, rest),
+        "soak" => soak(&mut steps, rest),
+        "demo" => demo(&mut steps, rest),
+        "bench" => bench(&mut steps, rest),
+        "guest" => guest(&mut steps),
+        "help" | "--help" | "-h" => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprint!("xtask: no command {command}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    steps.total();
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("xtask: {failure}");
+            failure.exit_code()
+        }
+    }
+}
+
+fn setup(steps: &mut Steps) -> Result<(), Failure> {
+    steps.inside("packages", packages::install)
+}
+
+fn test(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
+    setup(steps)?;
+    steps.inside("tools", packages::probe)?;
+    steps.cargo("programs", PROGRAMS.iter().chain(&["--bins"]), &[])?;
+    steps.cargo("unit tests", ["test", "--locked", "--workspace", "--exclude", "stack-tests"], &[])?;
+    stack_tests(steps, args, &[])
+}
+
+fn soak(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
+    setup(steps)?;
+    steps.inside("tools", packages::probe)?;
+    steps.cargo("programs", PROGRAMS.iter().chain(&["--bins"]), &[])?;
+    stack_tests(steps, args, &[("STACK_SCALE", "soak")])
+}
+
+/// One at a time: each has a machine of its own, and on few cores two of them only slow each other down.
+fn stack_tests(steps: &mut Steps, args: &[String], environment: &[(&str, &str)]) -> Result<(), Failure> {
+    let fixed = ["test", "--locked", "-p", "stack-tests", "--", "--test-threads=1", "--nocapture"];
+    let args = fixed.into_iter().chain(args.iter().map(String::as_str));
+    steps.cargo("stack tests", args, environment)
+}
+
+fn demo(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
+    setup(steps)?;
+    steps.inside("tools", packages::probe)?;
+    steps.cargo("programs", PROGRAMS.iter().chain(&["--bins"]), &[])?;
+    let fixed = ["run", "--quiet", "--locked", "-p", "stack-tests", "--bin", "demo", "--"];
+    steps.cargo("demo", fixed.into_iter().chain(args.iter().map(String::as_str)), &[])
+}
+
+fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
+    setup(steps)?;
+    steps.inside("tools", packages::probe)?;
+    let libraries = ["bench", "--locked", "-p", "vscard-protocol", "-p", "emulated-card"];
+    steps.cargo("library benchmarks", libraries, &[])?;
+    steps.cargo("programs", PROGRAMS.iter().chain(&["--bins", "--release"]), &[])?;
+    let fixed = ["run", "--quiet", "--release", "--locked", "-p", "stack-tests", "--bin", "bench", "--"];
+    steps.cargo("stack benchmarks", fixed.into_iter().chain(args.iter().map(String::as_str)), &[])
+}
+
+fn guest(steps: &mut Steps) -> Result<(), Failure> {
+    setup(steps)?;
+    steps.inside("tools", packages::probe)?;
+    steps.cargo("programs", ["build", "--locked", "-p", "stack-tests", "--bins"], &[])?;
+    steps.cargo("image", ["run", "--quiet", "--locked", "-p", "stack-tests", "--bin", "guest-image"], &[])
+}
