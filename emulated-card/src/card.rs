@@ -16,12 +16,12 @@
 //!
 //! # Rules of the card, whichever applet is selected
 //! * Classes 00 and 80 mean the same. Other logical channels are refused with 6881, secure messaging with 6882,
-//!   command chaining with 6884, all other classes with 6E00 (ISO/IEC 7816-4 §5.4.1).
+//!   command chaining with 6884, all other classes with 6E00 (ISO/IEC 7816-4:2005 §5.1.1).
 //! * The card speaks APDUs: a response longer than Le is cut to Le and ends with 61XX; GET RESPONSE reads on.
 //!   Without Le there is no data, only 61XX. Any other command throws away what was not read. GET RESPONSE with
 //!   nothing to read is 6985; OpenSC sends it after 61XX only, so it never meets that.
-//! * A SELECT that fails leaves the applet selected that was (GlobalPlatform Card Specification §6.4; libcacard
-//!   deselects it).
+//! * A SELECT that fails leaves the applet selected that was, as on GlobalPlatform cards (libcacard deselects
+//!   it).
 //! * The PIN is one for the whole card. It may be verified before any applet is selected, survives SELECT, and is
 //!   forgotten at reset, at a wrong PIN and at [`EmulatedCard::logout`]. Private keys ask for it even where the
 //!   store would not: what makes a PIN right is the [`ReferenceData`]'s to say.
@@ -38,7 +38,7 @@ use crate::keys::{KeyError, KeyStore, Unlocked};
 use crate::pin::{PinError, ReferenceData};
 use crate::state::CardId;
 
-/// Historical bytes in COMPACT-TLV (ISO/IEC 7816-4 §8.1.1): card capabilities (selection by full DF name, data
+/// Historical bytes in COMPACT-TLV (ISO/IEC 7816-4:2005 §8.1.1): card capabilities (selection by full DF name, data
 /// units of one byte, extended length fields), then the issuer's data.
 const HISTORICAL: [u8; 14] = *b"\x80\x73\x80\x01\x40\x58EMULATED";
 
@@ -242,7 +242,7 @@ impl EmulatedCard {
     }
 
     /// The rest of `data` from `sent` on, as much as Le allows; what is left is kept for GET RESPONSE
-    /// (ISO/IEC 7816-4 §5.3.4).
+    /// (ISO/IEC 7816-4:2005 §5.1.3).
     fn respond(&mut self, le: Option<usize>, data: Secret, sent: usize) -> Response {
         let rest = data.expose().get(sent..).unwrap_or_default();
         let now = &rest[..rest.len().min(le.unwrap_or(0))];
@@ -267,7 +267,7 @@ impl EmulatedCard {
         })
     }
 
-    /// GET RESPONSE (ISO/IEC 7816-4 §7.6.1).
+    /// GET RESPONSE (ISO/IEC 7816-4:2005 §7.6.1).
     fn get_response(&mut self, command: &Command, unread: Option<(Secret, usize)>) -> Response {
         match unread {
             _ if command.p1p2() != 0 => StatusWord::INCORRECT_P1P2.into(),
@@ -277,7 +277,7 @@ impl EmulatedCard {
         }
     }
 
-    /// SELECT by application identifier (ISO/IEC 7816-4 §7.1.1). With P2 = 0C there is no answer, with any other
+    /// SELECT by application identifier (ISO/IEC 7816-4:2005 §7.1.1). With P2 = 0C there is no answer, with any other
     /// kind of control information asked for there is the FCI.
     fn select(&mut self, command: &Command) -> Outcome {
         match (command.p1(), command.p2()) {
@@ -295,7 +295,7 @@ impl EmulatedCard {
         }
     }
 
-    /// GET CHALLENGE: as many random bytes as asked for, at most 256; eight without Le (ISO/IEC 7816-4 §7.5.3).
+    /// GET CHALLENGE: as many random bytes as asked for, at most 256; eight without Le (ISO/IEC 7816-4:2005 §7.5.3).
     fn get_challenge(&mut self, command: &Command) -> Outcome {
         if command.p1p2() != 0 {
             return StatusWord::INCORRECT_P1P2.into();
@@ -308,7 +308,7 @@ impl EmulatedCard {
         challenge.into()
     }
 
-    /// VERIFY (ISO/IEC 7816-4 §7.5.6, GSC-IS 2.1 §5.3.3). An empty body asks whether it is needed. A body that
+    /// VERIFY (ISO/IEC 7816-4:2005 §7.5.6). An empty body asks whether it is needed. A body that
     /// cannot be a PIN is refused before it costs a try, and leaves a verified PIN alone.
     fn verify(&mut self, command: &Command) -> Step {
         let body = command.data();
@@ -399,7 +399,7 @@ fn pin_status(error: &PinError) -> StatusWord {
     }
 }
 
-/// Why a class byte is refused, if it is (ISO/IEC 7816-4 §5.4.1, tables 2 and 3).
+/// Why a class byte is refused, if it is (ISO/IEC 7816-4:2005 §5.1.1, tables 2 and 3).
 fn refuse_class(class: u8) -> Option<StatusWord> {
     match class {
         0x00 | 0x80 => None,

@@ -1,6 +1,6 @@
 //! Tag-length-value coding, the writing side.
 //!
-//! GSC-IS containers are coded in SIMPLE-TLV (ISO/IEC 7816-4 §5.2.1), what ISO defines in BER-TLV (§5.2.2).
+//! GSC-IS containers are coded in SIMPLE-TLV (ISO/IEC 7816-4:2005 §5.2.1), what ISO defines in BER-TLV (§5.2.2).
 
 use thiserror::Error;
 
@@ -10,7 +10,7 @@ use thiserror::Error;
 pub(crate) struct TooLong(pub(crate) usize);
 
 /// Appends tag and length in SIMPLE-TLV as GSC-IS writes them: one byte, or FF and two bytes, the low one first
-/// (GSC-IS 2.1 §8.2; ISO has the high one first).
+/// (ISO has the high one first).
 pub(crate) fn put_simple_header(out: &mut Vec<u8>, tag: u8, length: usize) -> Result<(), TooLong> {
     let length = u16::try_from(length).map_err(|_| TooLong(length))?;
     out.push(tag);
@@ -33,7 +33,7 @@ pub(crate) fn simple<const N: usize>(tag: u8, value: [u8; N]) -> Vec<u8> {
     out
 }
 
-/// One BER-TLV object (ISO/IEC 7816-4 §5.2.2.1). `tag` holds the tag's bytes, as they are written.
+/// One BER-TLV object (ISO/IEC 7816-4:2005 §5.2.2.1). `tag` holds the tag's bytes, as they are written.
 pub(crate) fn ber(tag: &[u8], value: &[u8]) -> Vec<u8> {
     let mut out = tag.to_vec();
     let length = value.len().to_be_bytes();

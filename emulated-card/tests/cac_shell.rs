@@ -206,6 +206,26 @@ async fn an_idle_card_forgets_the_pin() {
     assert_eq!(status(&mut card, &[0x00, 0x20, 0x00, 0x00]).await, 0x9000);
 }
 
+#[tokio::test]
+async fn a_store_that_panics_takes_the_card_with_it_and_nobody_else() {
+    let (gate, keeper) = Gate::new();
+    // The gate panics for want of somebody to arrive at.
+    drop(keeper);
+    let mut store = Store::new(1, 1024);
+    store.operation_gate = Some(Arc::new(gate));
+    let slot = slot_of(store);
+    let insertion = slot.insert();
+    let mut presence = slot.presence();
+    let mut card = ready_to_sign(&slot, insertion).await;
+    assert!(matches!(presence.get(), Presence::Present { .. }));
+    assert_eq!(card.transmit(&sign(0xAA)).await.err(), Some(CardError::Removed));
+    presence.changed().await;
+    assert_eq!(presence.get(), Presence::Absent);
+    assert_eq!(card.transmit(&sign(0xAA)).await.err(), Some(CardError::Removed));
+    drop(card);
+    assert_eq!(slot.power_on(insertion).await.err(), Some(CardError::Removed));
+}
+
 /// Needs no runtime: any executor that polls will do.
 #[test]
 fn no_runtime() {

@@ -150,7 +150,7 @@ impl Fixture {
     fn make() -> Self {
         let root = TempDir::new().unwrap();
         let mut card = Maker::new(root.path(), "card", PASSWORD);
-        card.rsa("one", "2048");
+        card.rsa("one", "1536");
         card.rsa("two", "1024");
         let mut other = Maker::new(root.path(), "other", "other password");
         other.rsa("one", "1024");
@@ -246,7 +246,7 @@ fn certificates_come_in_the_order_asked_for() {
     assert_eq!(store.path(), fs::canonicalize(fixture.directory("card")).unwrap());
     let found: Vec<_> =
         store.certificates().iter().map(|certificate| (&*certificate.name, certificate.kind)).collect();
-    assert_eq!(found, [("two", KeyKind::Rsa { bits: 1024 }), ("one", KeyKind::Rsa { bits: 2048 })]);
+    assert_eq!(found, [("two", KeyKind::Rsa { bits: 1024 }), ("one", KeyKind::Rsa { bits: 1536 })]);
 
     for certificate in store.certificates() {
         let expected = certutil!("-L", "-d", fixture.directory("card"), "-n", certificate.name, "-r");
@@ -663,7 +663,7 @@ fn blocks_must_fit_the_modulus() {
             assert_eq!(unlocked.rsa_raw(index, &fixed).unwrap().expose(), fixed);
         }
     }
-    let error = unlocked.rsa_raw(2, &[0; 256]).unwrap_err();
+    let error = unlocked.rsa_raw(2, &[0; 192]).unwrap_err();
     assert!(matches!(error, KeyError::Failed(_)), "{error}");
     assert!(unlocked.rsa_raw(usize::MAX, &[]).is_err());
 }

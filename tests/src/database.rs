@@ -57,11 +57,11 @@ impl Database {
 
     /// The public key of a certificate, PEM, in a file of the database's directory.
     pub fn public_key(&self, name: &str) -> Result<PathBuf> {
-        let certificate = output(Command::new("certutil").args(["-L", "-a", "-n", name, "-d", &self.spec()]))?;
+        let certificate =
+            output(Command::new("certutil").args(["-L", "-a", "-n", name, "-d", &self.spec()]))?;
         let pem = self.path().join(format!("{name}.pem"));
         std::fs::write(&pem, certificate)?;
-        let key =
-            output(Command::new("openssl").args(["x509", "-noout", "-pubkey", "-in"]).arg(&pem))?;
+        let key = output(Command::new("openssl").args(["x509", "-noout", "-pubkey", "-in"]).arg(&pem))?;
         let file = self.path().join(format!("{name}.pub"));
         std::fs::write(&file, key)?;
         Ok(file)
@@ -88,7 +88,11 @@ impl Database {
         let plain = self.path().join("plain");
         std::fs::write(&plain, message)?;
         output(
-            Command::new("openssl").args(["pkeyutl", "-encrypt", "-pubin", "-inkey"]).arg(&key).arg("-in").arg(&plain),
+            Command::new("openssl")
+                .args(["pkeyutl", "-encrypt", "-pubin", "-inkey"])
+                .arg(&key)
+                .arg("-in")
+                .arg(&plain),
         )
     }
 }

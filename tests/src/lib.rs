@@ -9,3 +9,8 @@ pub mod database;
 pub mod guest;
 pub mod passthru;
 pub mod process;
+
+/// How often a scenario repeats: `small` in `cargo xtask test`, `large` in `cargo xtask soak`.
+pub fn scale(small: u32, large: u32) -> u32 {
+    if std::env::var_os("STACK_SCALE").is_some_and(|scale| scale == "soak") { large } else { small }
+}

@@ -138,9 +138,9 @@ impl Process {
     /// Processor time it has used, in clock ticks (100 a second).
     pub fn cpu_ticks(&self) -> Result<u64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()?.as_raw_nonzero()))?;
-        let fields: Vec<&str> =
-            stat.rsplit_once(')').context("no name")?.1.split_whitespace().collect();
+        let fields: Vec<&str> = stat.rsplit_once(')').context("no name")?.1.split_whitespace().collect();
         // utime and stime, fields 14 and 15 of proc(5).
-        Ok(fields.get(11).context("utime")?.parse::<u64>()? + fields.get(12).context("stime")?.parse::<u64>()?)
+        Ok(fields.get(11).context("utime")?.parse::<u64>()?
+            + fields.get(12).context("stime")?.parse::<u64>()?)
     }
 }

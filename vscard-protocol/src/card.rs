@@ -59,6 +59,8 @@ impl Presence {
 #[derive(Clone)]
 pub struct PresenceWatch {
     source: watch::Receiver<Presence>,
+    /// The source is gone, and it was said so.
+    gone: bool,
     seen_as: Option<Arc<dyn Fn(Presence) -> Presence + Send + Sync>>,
 }
 
@@ -67,6 +69,7 @@ impl PresenceWatch {
     pub fn get(&mut self) -> Presence {
         let presence = self.source.borrow_and_update().clone();
         if self.source.has_changed().is_err() {
+            self.gone = true;
             return Presence::Absent;
         }
         match &self.seen_as {
@@ -78,25 +81,25 @@ impl PresenceWatch {
     /// Waits until something changed since the last [`get`](Self::get); for ever once the source is gone and
     /// its absence was seen.
     pub async fn changed(&mut self) {
-        if self.source.has_changed().is_err() || self.source.changed().await.is_err() {
+        if self.source.changed().await.is_err() && self.gone {
             std::future::pending::<()>().await;
         }
     }
 
     /// The same watch with each presence seen through `view`.
     pub fn map(self, view: impl Fn(Presence) -> Presence + Send + Sync + 'static) -> Self {
-        let inner = self.seen_as;
+        let inner = self.seen_as.clone();
         let seen_as: Arc<dyn Fn(Presence) -> Presence + Send + Sync> = match inner {
             Some(inner) => Arc::new(move |presence| view(inner(presence))),
             None => Arc::new(view),
         };
-        Self { source: self.source, seen_as: Some(seen_as) }
+        Self { seen_as: Some(seen_as), ..self }
     }
 }
 
 impl From<watch::Receiver<Presence>> for PresenceWatch {
     fn from(source: watch::Receiver<Presence>) -> Self {
-        Self { source, seen_as: None }
+        Self { source, gone: false, seen_as: None }
     }
 }
 
@@ -162,5 +165,24 @@ impl<S: CardSource + ?Sized> CardSource for Arc<S> {
 
     async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
         (**self).power_on(insertion).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_source_that_is_gone_is_seen_once() {
+        let atr = Atr::t0(b"card").unwrap();
+        let present = Presence::Present { insertion: 1, atr, limits: Limits::SHORT };
+        let (sender, receiver) = watch::channel(present.clone());
+        let mut watch = PresenceWatch::from(receiver);
+        assert_eq!(watch.get(), present);
+        drop(sender);
+        watch.changed().await;
+        assert_eq!(watch.get(), Presence::Absent);
+        let again = std::time::Duration::from_millis(10);
+        assert!(tokio::time::timeout(again, watch.changed()).await.is_err());
     }
 }

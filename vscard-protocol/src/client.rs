@@ -11,9 +11,9 @@
 //!   belong to the half message. What proves a message boundary is that eleven more zeros are *not* answered and
 //!   the twelfth is. Without a reply zeros are sent singly until one comes. A client that waits in QEMU's backlog
 //!   behind another does the same; its zeros are refused when its turn comes, and the boundary is found as always.
-//! * **Re-presenting the card.** The guest may hold an earlier client's card and wait for an answer. Error (fails
-//!   that wait), half a second, CardRemove, one second, ATR is the order in which a Linux guest sees the failed
-//!   transmission, a removal and an insertion.
+//! * **Re-presenting the card.** The guest may hold an earlier client's card and wait for an answer. An answer of
+//!   6F00 (ends that wait; dropped if there is none), half a second, CardRemove, one second, ATR is the order in
+//!   which a Linux guest sees the failed transmission, a removal and an insertion.
 //! * **One acknowledgement at a time.** QEMU's acknowledgements are told apart by their order alone.
 //! * **Every APDU is answered**, at the latest by [`ClientConfig::answer_deadline`], in the order they came.
 
@@ -243,7 +243,7 @@ pub struct Client {
     refusals_due: u32,
     /// When the link's phase takes its next step.
     link_at: Option<Instant>,
-    /// APDUs that came before the card could be presented, each owed an Error.
+    /// APDUs that came before the card could be presented, each owed an answer.
     owed: usize,
     slot: Slot,
     /// When the slot may take its next step.
@@ -414,9 +414,10 @@ impl Client {
                 self.link = Link::Up;
                 self.reader = reader;
                 self.notice(Notice::Ready);
-                // One more than is known of: an earlier client may have owed an answer.
+                // One more than is known of: an earlier client may have owed an answer. QEMU drops an answer that
+                // nothing waits for, while an Error would spoil the reader's next status report.
                 for _ in 0..=std::mem::take(&mut self.owed) {
-                    self.send_error();
+                    self.send_response(&StatusWord::NO_DIAGNOSIS.into());
                 }
                 self.slot = Slot::Failing;
                 self.slot_at = Some(now + FAIL_TO_REMOVE);

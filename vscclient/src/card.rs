@@ -6,9 +6,7 @@ use std::sync::Arc;
 use emulated_card::card::{CardBuildError, EmulatedCard};
 use emulated_card::keys::nss::{NssDatabase, OpenError};
 use emulated_card::keys::{KeyStore, UnlockError};
-use emulated_card::pin::{
-    self, CardPinError, DEFAULT_TRIES, InitialPin, ReferenceData, SecretFileError,
-};
+use emulated_card::pin::{self, CardPinError, DEFAULT_TRIES, InitialPin, ReferenceData, SecretFileError};
 use emulated_card::shell::CardSlot;
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
 use thiserror::Error;
@@ -40,7 +38,9 @@ pub(crate) enum SetupError {
         database.display()
     )]
     PasswordNeeded { database: PathBuf, card: &'static str },
-    #[error("--password-file goes with --pin-file or --no-pin; without them the PIN is the database's password")]
+    #[error(
+        "--password-file goes with --pin-file or --no-pin; without them the PIN is the database's password"
+    )]
     PasswordUnused,
     #[error("--password-file {}: {source} (database {})", file.display(), database.display())]
     WrongPassword { file: PathBuf, database: PathBuf, source: UnlockError },
@@ -111,8 +111,7 @@ fn reference_data(
         let initial = match &serve.pin_file {
             Some(file) => {
                 let pin = pin::read_secret_file(file)?;
-                pin::check_card_pin(&pin)
-                    .map_err(|source| SetupError::Pin { file: file.clone(), source })?;
+                pin::check_card_pin(&pin).map_err(|source| SetupError::Pin { file: file.clone(), source })?;
                 Some(pin)
             }
             None => None,

@@ -139,7 +139,8 @@ mod tests {
     #[test]
     fn the_documented_string() {
         let options =
-            parse(r#"db="sql:/tmp/d b" use_hw=no soft=(,Virtual Reader,CAC,,id-cert,signing-cert,enc)"#).unwrap();
+            parse(r#"db="sql:/tmp/d b" use_hw=no soft=(,Virtual Reader,CAC,,id-cert,signing-cert,enc)"#)
+                .unwrap();
         assert_eq!(options.db.as_deref(), Some("sql:/tmp/d b"));
         assert!(!options.hardware);
         assert_eq!(

@@ -309,11 +309,7 @@ async fn serve(
 
 fn log(notice: &Notice) {
     match notice {
-        Notice::Ready
-        | Notice::Inserted
-        | Notice::Removed
-        | Notice::Waiting
-        | Notice::Resynchronising => {
+        Notice::Ready | Notice::Inserted | Notice::Removed | Notice::Waiting | Notice::Resynchronising => {
             tracing::info!("{notice}");
         }
         _ => tracing::warn!("{notice}"),

@@ -1,4 +1,4 @@
-//! Applets that only say what card this is, by GET DATA (ISO/IEC 7816-4 §7.4.2).
+//! Applets that only say what card this is, by GET DATA (ISO/IEC 7816-4:2005 §7.4.2).
 
 use vscard_protocol::apdu::{aid, ins};
 use vscard_protocol::{Command, StatusWord};

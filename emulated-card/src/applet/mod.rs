@@ -16,7 +16,7 @@ pub(crate) trait Applet: Send {
     /// Whether SELECT with this application identifier means this applet.
     fn answers_to(&self, aid: &[u8]) -> bool;
 
-    /// File control information that SELECT returns (ISO/IEC 7816-4 §5.3.3).
+    /// File control information that SELECT returns (ISO/IEC 7816-4:2005 §5.3.3).
     fn fci(&self) -> Vec<u8>;
 
     /// A command that is not the card's own (SELECT by identifier, VERIFY, GET CHALLENGE, GET RESPONSE).
@@ -60,7 +60,7 @@ impl From<Vec<u8>> for Outcome {
     }
 }
 
-/// An FCI template with the application identifier and proprietary data (ISO/IEC 7816-4 §5.3.3, tags 6F, 84, A5).
+/// An FCI template with the application identifier and proprietary data (ISO/IEC 7816-4:2005 §5.3.3, tags 6F, 84, A5).
 fn fci(aid: &[u8], proprietary: &[u8]) -> Vec<u8> {
     tlv::ber(&[0x6F], &[tlv::ber(&[0x84], aid), tlv::ber(&[0xA5], proprietary)].concat())
 }

@@ -1,8 +1,8 @@
 //! The access control applet: which rule guards which command of which applet.
 //!
-//! Nothing here decides anything; middleware reads it to learn what the other applets do. Structure: CAC Applet
-//! Developer Guide 1.0 §5.3.3.5, tables 5-15 to 5-21. The compact forms (P1 = 40 and up) are in no document and
-//! follow what real cards send.
+//! Nothing here decides anything; middleware reads it to learn what the other applets do. Structure: GSC-IS 2.1
+//! §5.3.3.5, tables 5-15 to 5-21. The compact forms (P1 = 40 and up) are in no document and follow what real
+//! cards send.
 
 use vscard_protocol::apdu::{aid, ins};
 use vscard_protocol::{Command, StatusWord};

@@ -1,4 +1,5 @@
-//! Containers: pairs of buffers, one of tags and lengths, one of values, and perhaps a private key.
+//! Containers: pairs of buffers, one of tags and lengths, one of values, and perhaps a private key
+//! (GSC-IS 2.1 chapter 5).
 
 use std::io::Write;
 
@@ -14,7 +15,7 @@ use crate::keys::{Certificate, KeyKind};
 use crate::state::CardId;
 use crate::tlv::{put_simple_header, simple};
 
-/// Applet family and version of a container (GSC-IS 2.1 §5.3.4.4).
+/// Applet family and version of a container.
 const CONTAINER_INFORMATION: [u8; 5] = [0x10, 0x02, 0x06, 0x02, 0x03];
 
 /// Longest buffer: its length is written in two bytes, and READ BUFFER must reach all of it.
@@ -53,14 +54,14 @@ impl Buffers {
             && self.values.len() <= MAX_BUFFER
     }
 
-    /// The two buffers as READ BUFFER shows them: length (low byte first), then content (GSC-IS 2.1 §8.2).
+    /// The two buffers as READ BUFFER shows them: length (low byte first), then content.
     fn finish(self) -> (Vec<u8>, Vec<u8>) {
         let counted = |content: Vec<u8>| [&(content.len() as u16).to_le_bytes(), content.as_slice()].concat();
         (counted(self.tags), counted(self.values))
     }
 }
 
-/// PKI container `index` (GSC-IS 2.1 §8.5, CAC Applet Developer Guide §4).
+/// PKI container `index`.
 ///
 /// The certificate is a zlib stream: Debian 12's coolkey 1.1 drops the whole token when it meets a plain one.
 pub(super) fn pki(index: u8, certificate: &Certificate) -> Result<Container, CardBuildError> {
@@ -81,7 +82,7 @@ pub(super) fn pki(index: u8, certificate: &Certificate) -> Result<Container, Car
     Ok(Container { aid: pki_aid(index), object: pki_id(index), tags, values, key })
 }
 
-/// The card capability container of a card with that many PKI containers (GSC-IS 2.1 §6.2).
+/// The card capability container of a card with that many PKI containers.
 pub(super) fn card_capability(certificates: u8, id: &CardId) -> Container {
     let mut buffers = Buffers::default();
     // At most ten card URLs of 16 bytes and 70 bytes of the rest: everything fits.
@@ -132,7 +133,7 @@ impl Applet for Container {
 }
 
 impl Container {
-    /// SELECT with P1 = 02: the object within the applet (GSC-IS 2.1 §5.3.4.1). There is one, and it is
+    /// SELECT with P1 = 02: the object within the applet. There is one, and it is
     /// selected from the start.
     fn select_object(&self, object: &[u8]) -> StatusWord {
         match object.len() {
@@ -142,7 +143,7 @@ impl Container {
         }
     }
 
-    /// READ BUFFER: offset in P1-P2, which buffer and how much in the body (GSC-IS 2.1 §5.3.4.3).
+    /// READ BUFFER: offset in P1-P2, which buffer and how much in the body.
     fn read_buffer(&self, command: &Command) -> Outcome {
         let &[which, count] = command.data() else { return StatusWord::WRONG_LENGTH.into() };
         let buffer = match which {
@@ -191,7 +192,7 @@ impl Container {
 }
 
 impl Key {
-    /// SIGN/DECRYPT: the block in pieces, P1 = 80 for all but the last (GSC-IS 2.1 §5.3.4.5).
+    /// SIGN/DECRYPT: the block in pieces, P1 = 80 for all but the last.
     fn sign_decrypt(&self, command: &Command, session: Session) -> Outcome {
         let Session { verified, gathered: mut block } = session;
         let last = match command.p1p2() {
@@ -225,7 +226,7 @@ pub(super) fn long_properties() -> [(u8, Vec<u8>); 2] {
 }
 
 /// GET PROPERTIES: all (P1 = 01), those whose tags are in the body (02), or the long form (40)
-/// (GSC-IS 2.1 §5.3.4.4).
+///.
 pub(super) fn get_properties(command: &Command, properties: impl Fn(Form) -> Vec<(u8, Vec<u8>)>) -> Outcome {
     let wanted = command.data();
     let data = match (command.p1p2(), wanted) {

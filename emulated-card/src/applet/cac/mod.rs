@@ -1,5 +1,5 @@
-//! The CAC card edge: GSC-IS 2.1 (NISTIR 6887) "virtual machine" cards, with the additions of the CAC Applet
-//! Developer Guide.
+//! The CAC card edge: the "virtual machine" cards of GSC-IS 2.1 (NISTIR 6887) chapter 5, as OpenSC 0.23 and
+//! coolkey 1.1 use it.
 //!
 //! | applet | AID | what is in it |
 //! |---|---|---|
@@ -9,7 +9,7 @@
 //! | GlobalPlatform | `A0 00 00 00 03 00 00` | production data with a serial number |
 //! | Microsoft plug-and-play | `A0 00 00 03 97 43 49 44 5F 01 00` | the card's kind, for Windows |
 //!
-//! Where the guide leaves an error status open, the choice is ISO/IEC 7816-4's: 6700 for a body of the wrong
+//! Where the specification leaves an error status open, the choice is ISO/IEC 7816-4's: 6700 for a body of the wrong
 //! length, 6A80 for a wrong value in it, 6A86 for P1-P2, 6A88 for a tag or identifier that is not there.
 
 mod access;
@@ -25,7 +25,7 @@ use crate::state::CardId;
 /// PKI containers a card can have (`A0 00 00 00 79 01 00` to `… 09`).
 pub(crate) const MAX_CERTIFICATES: usize = 10;
 
-/// Tag of the applet family and version, first in each answer about an applet (GSC-IS 2.1 §5.3.4).
+/// Tag of the applet family and version, first in each answer about an applet.
 const TAG_APPLET_INFORMATION: u8 = 0x01;
 
 /// Instruction-independent name of PKI container `index`: last two bytes of its AID, and its object identifier.
