@@ -7,6 +7,8 @@
 
 pub mod database;
 pub mod guest;
+pub mod naive;
+pub mod host;
 pub mod passthru;
 pub mod process;
 

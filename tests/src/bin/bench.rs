@@ -1,3 +1,317 @@
-//! To come.
+//! What an APDU costs on its way from a guest's program to our vscclient and back, road by road.
+//!
+//! All roads are in one guest and are measured in turns, so that the ratios hold whatever else the machine does.
+
 #![forbid(unsafe_code)]
-fn main() {}
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use stack_tests::database::{Database, NAMES, PIN};
+use stack_tests::guest::{Boot, Guest, short_directory};
+use stack_tests::naive::Naive;
+use stack_tests::process::Process;
+
+const USAGE: &str = "\
+usage: bench [--rounds N]
+
+Boots a guest with three card readers and measures, in turns, a SELECT over each of three roads:
+  unix    vscclient, UNIX socket
+  tcp     vscclient, TCP, QEMU's default options (no nodelay)
+  naive   the same TCP, and a client that sets TCP_NODELAY and nothing else
+and then signing with OpenSC over the first two. Exits with 0 whatever the figures are.
+
+  --rounds N    how often each road has its turn (6)
+  --help        this
+";
+
+/// SELECT of the first PKI container.
+const SELECT: &str = "00A4040007A0000000790100";
+
+/// What the project promises for tcp/unix.
+const BOUND: f64 = 1.3;
+
+/// Round trips of a turn, and those before that do not count.
+struct Turn {
+    count: u32,
+    warmup: u32,
+}
+
+const FAST: Turn = Turn { count: 200, warmup: 20 };
+/// At 44 ms each. A new connection is acknowledged at once for a while; that has to be over.
+const SLOW: Turn = Turn { count: 25, warmup: 10 };
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let rounds = match words[..] {
+        [] => 6,
+        ["--help" | "-h"] => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        ["--rounds", rounds] if rounds.parse().is_ok_and(|rounds: u32| rounds > 0) => {
+            rounds.parse().unwrap_or(1)
+        }
+        _ => {
+            eprint!("bench: {}?\n{USAGE}", args.join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    let done = scratch().and_then(|scratch| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let measured = runtime.block_on(async {
+            tokio::select! {
+                measured = measure(rounds) => measured,
+                interrupted = tokio::signal::ctrl_c() => {
+                    interrupted?;
+                    bail!("interrupted")
+                }
+            }
+        });
+        // An image that is just being built would be waited for.
+        runtime.shutdown_background();
+        scratch.close().context("removing the temporary directory")?;
+        measured
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: it cannot be measured: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One directory for all that is temporary: databases that are kept for copying live as long as the process.
+fn scratch() -> Result<tempfile::TempDir> {
+    let scratch = tempfile::Builder::new().prefix("card-bench-").tempdir()?;
+    if tempfile::env::override_temp_dir(scratch.path()).is_err() {
+        bail!("a temporary directory is in use already");
+    }
+    Ok(scratch)
+}
+
+/// A way from a reader in the guest to a client.
+struct Road {
+    /// Also the reader's serial number, by which the guest knows it.
+    name: &'static str,
+    what: &'static str,
+    turn: Turn,
+    /// QEMU's end.
+    chardev: String,
+    /// Index of its reader in the guest.
+    reader: usize,
+    turns: Vec<Figures>,
+}
+
+/// What one turn measured, in µs.
+struct Figures {
+    count: u64,
+    min: u64,
+    median: u64,
+    p90: u64,
+    p99: u64,
+}
+
+async fn measure(rounds: u32) -> Result<()> {
+    let start = Instant::now();
+    let directory = short_directory()?;
+    let socket = directory.path().join("card").display().to_string();
+    let (tcp, naive) = free_ports()?;
+    let listen = |port: u16| format!("host=127.0.0.1,port={port},server=on,wait=off");
+    let road = |name, what, turn, chardev| Road { name, what, turn, chardev, reader: 0, turns: Vec::new() };
+    let mut roads = [
+        road("unix", "vscclient, UNIX socket", FAST, format!("path={socket},server=on,wait=off")),
+        road("tcp", "vscclient, TCP, no nodelay", FAST, listen(tcp)),
+        road("naive", "naive client, TCP, no nodelay", SLOW, listen(naive)),
+    ];
+
+    println!("Load of the machine before: {}", load()?);
+    let databases = [Database::with_password()?, Database::with_password()?];
+    let guest = Guest::boot(Boot::with(readers(&roads))).await?;
+    let client = |database: &Database, endpoint: &str| {
+        let spec = database.spec();
+        let mut args = vec!["--db", &spec];
+        args.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
+        args.push(endpoint);
+        Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(database.path()))])
+    };
+    let _clients = (
+        client(&databases[0], &format!("unix:{socket}"))?,
+        client(&databases[1], &format!("tcp:127.0.0.1:{tcp}"))?,
+        Naive::connect(naive)?,
+    );
+    guest.start_pcscd().await?;
+    guest.ok(&format!("guest-pcsc wait-reader 30 {}", roads.len())).await?;
+    let found = guest.ok("guest-pcsc readers").await?;
+    for road in &mut roads {
+        let serial = format!("({})", road.name);
+        let line = found.lines().find(|line| line.contains(&serial));
+        let index = line.and_then(|line| line.split_once(':')).context("a reader is missing")?.0;
+        road.reader = index.parse()?;
+        guest.ok(&format!("guest-pcsc wait-card present 30 {index}")).await?;
+    }
+    println!("A guest with {} readers is up after {:.1} s.", roads.len(), start.elapsed().as_secs_f64());
+    println!(
+        "All readers are full-speed, behind one hub (UHCI has two ports), and idle but for the one measured."
+    );
+
+    for round in 0..rounds {
+        // Every other time backwards, so that none is always the one after the slow one.
+        for turn in 0..roads.len() {
+            let index = if round % 2 == 0 { turn } else { roads.len() - 1 - turn };
+            let road = &mut roads[index];
+            road.turns.push(select(&guest, road).await.with_context(|| road.what)?);
+        }
+        progress(&format!("round {} of {rounds}", round + 1))?;
+    }
+    let signed = signing(&guest, &roads, &databases, rounds).await?;
+    report(&roads, signed)?;
+    println!("\nLoad of the machine after: {}; {:.1} s in all.", load()?, start.elapsed().as_secs_f64());
+    guest.shutdown().await;
+    Ok(())
+}
+
+/// Two ports that were free a moment ago; QEMU cannot be asked which one it took.
+fn free_ports() -> Result<(u16, u16)> {
+    // Both at once, so that they differ.
+    let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let (first, second) = (listen()?, listen()?);
+    Ok((first.local_addr()?.port(), second.local_addr()?.port()))
+}
+
+/// QEMU's arguments: a UHCI controller with a hub, and each road's reader on it.
+fn readers(roads: &[Road]) -> Vec<String> {
+    let mut args = ["-usb", "-device", "usb-hub,port=1"].map(str::to_owned).to_vec();
+    for (index, Road { name, chardev, .. }) in roads.iter().enumerate() {
+        let port = index + 1;
+        for (option, value) in [
+            ("-chardev", format!("socket,id={name},{chardev}")),
+            ("-device", format!("usb-ccid,id={name}-reader,port=1.{port},serial={name}")),
+            ("-device", format!("ccid-card-passthru,chardev={name},bus={name}-reader.0")),
+        ] {
+            args.extend([option.to_owned(), value]);
+        }
+    }
+    args
+}
+
+/// One turn of a road.
+async fn select(guest: &Guest, road: &Road) -> Result<Figures> {
+    let Turn { count, warmup } = road.turn;
+    let line =
+        guest.ok(&format!("guest-pcsc bench -r {} -n {count} -w {warmup} {SELECT}", road.reader)).await?;
+    let field = |name: &str| {
+        let found = line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        found.with_context(|| format!("no {name} in {line}"))
+    };
+    // 61xx: done, and there is an answer to fetch, which is not measured.
+    let answer = field("answer")?;
+    ensure!(answer.starts_with("61") || answer.ends_with("9000"), "SELECT is answered {answer}");
+    let number = |name| anyhow::Ok(field(name)?.parse()?);
+    Ok(Figures {
+        count: number("n")?,
+        min: number("min")?,
+        median: number("median")?,
+        p90: number("p90")?,
+        p99: number("p99")?,
+    })
+}
+
+/// Median time in ms of a whole `pkcs11-tool --sign`, over the roads that have one of the databases.
+async fn signing(guest: &Guest, roads: &[Road], databases: &[Database; 2], rounds: u32) -> Result<[f64; 2]> {
+    const MESSAGE: &[u8] = b"signed in a benchmark";
+    guest.put("/tmp/message", MESSAGE).await?;
+    let sign = |name: &str| {
+        format!(
+            "OPENSC_CONF=/tmp/{name}.conf pkcs11-tool --sign --mechanism SHA256-RSA-PKCS --login --pin {PIN} \
+             --id 0001 -i /tmp/message -o /tmp/signature"
+        )
+    };
+    for (road, database) in roads.iter().zip(databases) {
+        // OpenSC would look into every reader, the slow one too.
+        let others: Vec<_> = roads
+            .iter()
+            .filter(|other| other.name != road.name)
+            .map(|other| format!("\"({})\"", other.name))
+            .collect();
+        let conf = format!("app default {{\n  ignored_readers = {};\n}}\n", others.join(", "));
+        guest.put(&format!("/tmp/{}.conf", road.name), conf.as_bytes()).await?;
+        // The first run reads the program's pages; it does not count, so let it prove that the road is right.
+        guest.ok(&sign(road.name)).await?;
+        let signature = guest.get("/tmp/signature").await?;
+        ensure!(database.verifies(NAMES[0], MESSAGE, &signature)?, "a wrong signature over {}", road.what);
+    }
+    let mut times = [Vec::new(), Vec::new()];
+    for round in 0..rounds {
+        for (road, times) in roads.iter().zip(&mut times) {
+            let start = Instant::now();
+            guest.ok(&sign(road.name)).await?;
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        progress(&format!("signing, round {} of {rounds}", round + 1))?;
+    }
+    Ok(times.map(median))
+}
+
+fn report(roads: &[Road; 3], signed: [f64; 2]) -> Result<()> {
+    let rounds = roads[0].turns.len();
+    println!("\nSELECT, round trip in the guest on UHCI, µs (percentiles: the median of {rounds} rounds)\n");
+    println!("{:<32}{:>6}{:>9}{:>9}{:>9}{:>9}", "road", "n", "min", "median", "p90", "p99");
+    let of = |road: &Road, figure: fn(&Figures) -> u64| {
+        median(road.turns.iter().map(|turn| figure(turn) as f64).collect())
+    };
+    for road in roads {
+        let count: u64 = road.turns.iter().map(|turn| turn.count).sum();
+        let min = road.turns.iter().map(|turn| turn.min).min().context("no rounds")?;
+        let (p50, p90, p99) =
+            (of(road, |turn| turn.median), of(road, |turn| turn.p90), of(road, |turn| turn.p99));
+        println!("{:<32}{count:>6}{min:>9}{p50:>9.0}{p90:>9.0}{p99:>9.0}", road.what);
+    }
+    println!();
+    let unix = &roads[0];
+    for (road, bound) in [(&roads[1], Some(BOUND)), (&roads[2], None)] {
+        let ratio = of(road, |turn| turn.median) / of(unix, |turn| turn.median);
+        let each =
+            || road.turns.iter().zip(&unix.turns).map(|(one, other)| one.median as f64 / other.median as f64);
+        let (least, most) = (each().fold(f64::INFINITY, f64::min), each().fold(0.0, f64::max));
+        let judged = match bound {
+            Some(bound) if ratio <= bound => format!("   at most {bound}: kept"),
+            Some(bound) => format!("   at most {bound}: NOT KEPT"),
+            None => String::new(),
+        };
+        let name = format!("{}/{}", road.name, unix.name);
+        println!("{name:<12}{ratio:>6.2}   (round by round {least:.2} to {most:.2}){judged}");
+    }
+    let [unix, tcp] = signed;
+    println!(
+        "\npkcs11-tool --sign as a whole: unix {unix:.0} ms, tcp {tcp:.0} ms, tcp/unix {:.2} \
+         (medians of {rounds})",
+        tcp / unix
+    );
+    Ok(())
+}
+
+/// Of at least one number.
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    let middle = numbers.len() / 2;
+    if numbers.len() % 2 == 1 { numbers[middle] } else { (numbers[middle - 1] + numbers[middle]) / 2.0 }
+}
+
+fn load() -> Result<String> {
+    let load = std::fs::read_to_string("/proc/loadavg")?;
+    let averages: Vec<_> = load.split_whitespace().take(3).collect();
+    let processors = std::thread::available_parallelism()?;
+    Ok(format!("{} on {processors} processors", averages.join(" ")))
+}
+
+/// Not among the results, which may go to a file.
+fn progress(what: &str) -> Result<()> {
+    writeln!(std::io::stderr(), "bench: {what}").context("standard error")
+}

@@ -1,4 +1,6 @@
 //! End to end: the stack in a real guest, one scenario after the other.
 
 mod card;
+mod connection;
 mod guest;
+mod hostile;
