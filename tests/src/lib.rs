@@ -7,8 +7,8 @@
 
 pub mod database;
 pub mod guest;
-pub mod naive;
 pub mod host;
+pub mod naive;
 pub mod passthru;
 pub mod process;
 

@@ -139,7 +139,8 @@ async fn shown(tour: &mut Tour) -> Result<()> {
 
     tour.step(
         "vscclient",
-        "It makes the card of the three certificates and brings it over the socket. The keys stay on this side.",
+        "It makes a card of the three certificates and brings it over the socket; the keys stay on this side. The \
+         reader is emptied first, so that a guest that knew an earlier card notices.",
     );
     let state = Path::new(&tour.scratch).join("state");
     let mut args = vec!["--db".to_owned(), database.spec()];
@@ -157,7 +158,7 @@ async fn shown(tour: &mut Tour) -> Result<()> {
     inserted?;
 
     let used = use_the_card(tour, &guest, &database).await;
-    used.with_context(|| format!("the card is of no use in the guest; vscclient said:\n{}\n", client.log()))?;
+    used.map_err(|error| anyhow!("{error:#}\n--- vscclient:\n{}", client.log()))?;
     client.terminate().await?;
     guest.shutdown().await;
 
@@ -170,7 +171,8 @@ async fn shown(tour: &mut Tour) -> Result<()> {
 async fn use_the_card(tour: &mut Tour, guest: &Guest, database: &Database) -> Result<()> {
     tour.step(
         "The card is in the guest",
-        "pcscd in the guest finds the reader, and OpenSC takes the card for a CAC.",
+        "pcscd in the guest finds the reader, and OpenSC takes the card for a CAC. (guest-pcsc is this guest's own \
+         tool for waiting.)",
     );
     guest.start_pcscd().await?;
     tour.guest(guest, "guest-pcsc wait-reader 30", &["0:"]).await?;
@@ -182,11 +184,7 @@ async fn use_the_card(tour: &mut Tour, guest: &Guest, database: &Database) -> Re
 
     tour.step("What is on it", "Login with the PIN: three certificates, and the private keys to them.");
     let objects = tour
-        .guest(
-            guest,
-            &format!("pkcs11-tool -O --login --pin {PIN}"),
-            &["Private", "Certificate Object", "ID:", "subject"],
-        )
+        .guest(guest, &format!("pkcs11-tool -O --login --pin {PIN}"), &["Object;", "ID:", "subject"])
         .await?;
     for kind in ["Certificate Object", "Private Key Object"] {
         let count = objects.matches(kind).count();
@@ -230,10 +228,10 @@ fn recipe(vscclient: &Path) -> String {
         "Certificates of an NSS database you have, and a machine on a PC with a UHCI controller (-usb):
 
   qemu-system-x86_64 -m 2G -drive file=disk.qcow2 -usb \\
-    -chardev socket,id=card,path=/tmp/card.sock,server=on,wait=off \\
+    -chardev socket,id=card,path=$XDG_RUNTIME_DIR/card,server=on,wait=off \\
     -device usb-ccid -device ccid-card-passthru,chardev=card
 
-  {} --db sql:$HOME/certs --cert NICKNAME --cert ANOTHER unix:/tmp/card.sock
+  {} --db sql:$HOME/certs --cert NICKNAME --cert ANOTHER unix:$XDG_RUNTIME_DIR/card
 
 In the guest: pcscd, libccid and OpenSC; then `pkcs11-tool -L`.",
         here(vscclient)

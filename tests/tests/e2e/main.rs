@@ -1,6 +1,8 @@
 //! End to end: the stack in a real guest, one scenario after the other.
 
 mod card;
+mod cards;
 mod connection;
 mod guest;
 mod hostile;
+mod state;
