@@ -3,6 +3,7 @@
 
 pub mod apdu;
 pub mod atr;
+#[cfg(feature = "source")]
 mod card;
 #[cfg(all(unix, feature = "io"))]
 pub mod chardev;
@@ -11,12 +12,15 @@ pub mod codec;
 pub mod host;
 pub mod message;
 mod secret;
+#[cfg(feature = "source")]
 mod t0;
 #[cfg(feature = "trace")]
 pub mod trace;
 
 pub use apdu::{Case, Command, CommandError, Response, ResponseError, StatusWord};
 pub use atr::Atr;
+#[cfg(feature = "source")]
 pub use card::{Card, CardError, CardSource, Limits, Presence, PresenceWatch};
 pub use secret::Secret;
+#[cfg(feature = "source")]
 pub use t0::T0;

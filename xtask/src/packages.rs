@@ -70,10 +70,20 @@ pub(crate) fn probe() -> Result<(), Failure> {
         .filter(|(program, _)| find(program).is_none())
         .map(|(program, package)| format!("{program} (package {package})"))
         .collect();
-    if missing.is_empty() {
-        return Ok(());
+    if !missing.is_empty() {
+        return Err(Failure::Other(format!("not found: {}", missing.join(", "))));
     }
-    Err(Failure::Other(format!("not found: {}", missing.join(", "))))
+    // A disk that is full or read-only is a mount of a test's own.
+    let namespace = ["--user", "--map-root-user", "--mount", "true"];
+    let output = Command::new("unshare").args(namespace).output();
+    match output {
+        Ok(output) if output.status.success() => Ok(()),
+        _ => Err(Failure::Other(
+            "tests need a mount namespace, and this system gives none to this user; as root: \
+             sysctl -w user.max_user_namespaces=10000 kernel.unprivileged_userns_clone=1"
+                .into(),
+        )),
+    }
 }
 
 fn missing() -> Result<Vec<(&'static str, &'static str)>, Failure> {
