@@ -24,7 +24,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::codec::{self, DecodeError, Decoder};
-use crate::message::{Body, ErrorCode, Init, MAGIC, Message, MessageType, ReaderId};
+use crate::message::{Body, ErrorCode, Extension, Init, MAGIC, MAX_PAYLOAD, Message, MessageType, ReaderId};
 use crate::{Atr, Command, Response, Secret, StatusWord, apdu};
 
 /// How long the reply to a message of zeros may take before the stream is taken for misaligned.
@@ -62,12 +62,18 @@ pub struct ClientConfig {
     pub reader_name: String,
     /// By when every APDU is answered; the guest gives up after about 23 seconds.
     pub answer_deadline: Duration,
+    /// The extension to offer; `None` for a plain client.
+    pub extension: Option<Extension>,
 }
 
 impl ClientConfig {
-    /// 15 seconds for an answer.
+    /// 15 seconds for an answer, the extension offered in full.
     pub fn new(reader_name: impl Into<String>) -> Self {
-        Self { reader_name: reader_name.into(), answer_deadline: Duration::from_secs(15) }
+        Self {
+            reader_name: reader_name.into(),
+            answer_deadline: Duration::from_secs(15),
+            extension: Some(Extension::FULL),
+        }
     }
 }
 
@@ -80,12 +86,15 @@ pub struct Token(u64);
 pub enum Input<'a> {
     /// Bytes from the host.
     Received(&'a [u8]),
-    /// A card is in and powered, or another one than before.
+    /// A card is in and powered, or another one than before. With a host that speaks the extension it is
+    /// powered only on [`Output::PowerOn`].
     Inserted(Atr),
     /// The card is gone.
     Removed,
     /// The card's response to [`Output::Transmit`]; `None` if it has none to give. Unknown tokens are ignored.
     Answer(Token, Option<Response>),
+    /// The card's answer to [`Output::PowerOn`]; `None` if it cannot be powered. Unknown tokens are ignored.
+    Powered(Token, Option<Atr>),
     /// The user wants to go: the card is taken out of the guest first.
     Leave,
 }
@@ -97,6 +106,13 @@ pub enum Output {
     Send(Secret),
     /// Give this command to the card. The next one comes after its answer, or after its deadline.
     Transmit(Token, Command),
+    /// The host took the reader: now a card can be shown with [`Input::Inserted`]. With the extension, as an
+    /// APDU card with the host's limits and its own ATR; without it, as a T=0 card with short APDUs.
+    Ready(Option<Extension>),
+    /// Power the card up afresh, ending what it had before, and answer with [`Input::Powered`].
+    PowerOn(Token),
+    /// End the card's session. Its commands have been answered for.
+    PowerOff,
     /// Tell the user.
     Notice(Notice),
     /// Write what is to be written, then close the stream. Nothing comes after this.
@@ -112,9 +128,6 @@ pub enum Notice {
     /// A half message of an earlier client is in the way.
     #[error("the host holds half a message of an earlier client; finding its end")]
     Resynchronising,
-    /// The host took the reader.
-    #[error("connected to the host")]
-    Ready,
     /// The guest has the card.
     #[error("card inserted")]
     Inserted,
@@ -229,6 +242,8 @@ enum Work {
     Given,
     /// Not for the card: the answer is known, but answers are told apart by their order.
     Known(StatusWord),
+    /// The card is to be powered up when the turn comes.
+    PowerOn,
 }
 
 /// One connection to a host, from the client's side.
@@ -251,6 +266,8 @@ pub struct Client {
     /// What the acknowledgement awaited belongs to, and until when it is awaited.
     ack: Option<(MessageType, Instant)>,
     reader: ReaderId,
+    /// What the host announced, if both ends speak the extension.
+    extension: Option<Extension>,
     /// The card that is to be shown; changes are worked off one after the other.
     wanted: Option<Atr>,
     /// Whether `wanted` is another insertion than the one being shown.
@@ -264,8 +281,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client on a stream that was just opened; `card` is the card that is in.
-    pub fn new(config: ClientConfig, card: Option<Atr>, now: Instant) -> Self {
+    /// A client on a stream that was just opened. A card is shown after [`Output::Ready`].
+    pub fn new(config: ClientConfig, now: Instant) -> Self {
         let mut client = Self {
             config,
             decoder: Decoder::new(apdu::MAX_COMMAND),
@@ -279,7 +296,8 @@ impl Client {
             slot_at: None,
             ack: None,
             reader: ReaderId::FIRST,
-            wanted: card,
+            wanted: None,
+            extension: None,
             swapped: false,
             pending: VecDeque::new(),
             next_token: 0,
@@ -302,6 +320,7 @@ impl Client {
             }
             Input::Removed => self.wanted = None,
             Input::Answer(token, response) => self.answered(token, response),
+            Input::Powered(token, atr) => self.powered(token, atr),
             Input::Leave => self.leave(now),
         }
         self.advance(now);
@@ -371,7 +390,8 @@ impl Client {
         match body {
             Body::Apdu(bytes) => self.apdu(reader, &bytes, now),
             // QEMU sends an Init of its own when it starts or connects, beside the reply to ours.
-            Body::Init(_) if matches!(self.link, Link::Init | Link::Probing(Probe::Parked)) => {
+            Body::Init(init) if matches!(self.link, Link::Init | Link::Probing(Probe::Parked)) => {
+                self.extension = self.config.extension.and(init.extension());
                 if matches!(self.link, Link::Probing(_)) {
                     self.refusals_due = self.zeros / 12;
                 }
@@ -388,6 +408,12 @@ impl Client {
                 }
             }
             Body::Flush => self.flushes = self.flushes.saturating_add(1),
+            Body::PowerOn(_) if self.extension.is_some() => self.power_on(now),
+            Body::PowerOff if self.extension.is_some() => {
+                self.fail_pending();
+                self.output.push_back(Output::PowerOff);
+                self.send(self.reader, Body::PowerOff);
+            }
             other => {
                 self.notice(Notice::Unexpected(other.message_type()));
                 self.nonsense();
@@ -413,7 +439,7 @@ impl Client {
             MessageType::READER_ADD => {
                 self.link = Link::Up;
                 self.reader = reader;
-                self.notice(Notice::Ready);
+                self.output.push_back(Output::Ready(self.extension));
                 // One more than is known of: an earlier client may have owed an answer. QEMU drops an answer that
                 // nothing waits for, while an Error would spoil the reader's next status report.
                 for _ in 0..=std::mem::take(&mut self.owed) {
@@ -475,7 +501,7 @@ impl Client {
                 self.link = Link::Init;
                 self.link_at = None;
                 self.ack = Some((MessageType::INIT, now + ACK_WAIT));
-                self.send(ReaderId::FIRST, Body::Init(Init::ours()));
+                self.send(ReaderId::FIRST, Body::Init(Init::ours(self.config.extension)));
             }
         }
     }
@@ -492,7 +518,7 @@ impl Client {
             }
             Probe::Searching if self.zeros >= MOST_ZEROS && self.zeros % 12 == 0 => {
                 self.link = Link::Probing(Probe::Parked);
-                self.send(ReaderId::FIRST, Body::Init(Init::ours()));
+                self.send(ReaderId::FIRST, Body::Init(Init::ours(self.config.extension)));
             }
             Probe::Searching => {
                 self.send_zeros(1);
@@ -529,12 +555,7 @@ impl Client {
             match self.slot {
                 Slot::Present if self.wanted.is_none() || self.swapped || self.leaving.is_some() => {
                     self.slot = Slot::Failing;
-                    let unanswered = self.pending.len();
-                    self.pending.clear();
-                    for _ in 0..unanswered {
-                        self.send_error();
-                    }
-                    if unanswered > 0 {
+                    if self.fail_pending() > 0 {
                         self.slot_at = Some(now + FAIL_TO_REMOVE);
                     } else {
                         return self.advance(now);
@@ -598,12 +619,6 @@ impl Client {
         if self.slot != Slot::Present {
             return self.send_error();
         }
-        if self.pending.len() >= MOST_PENDING {
-            return self.close(CloseReason::TooManyPending);
-        }
-        let token = Token(self.next_token);
-        self.next_token += 1;
-        let deadline = now + self.config.answer_deadline;
         let work = match Command::parse(bytes.expose()) {
             Ok(command) => Work::Waiting(command),
             Err(error) => {
@@ -611,7 +626,47 @@ impl Client {
                 Work::Known(StatusWord::WRONG_LENGTH)
             }
         };
+        self.wait_for(work, now);
+    }
+
+    fn wait_for(&mut self, work: Work, now: Instant) {
+        if self.pending.len() >= MOST_PENDING {
+            return self.close(CloseReason::TooManyPending);
+        }
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        let deadline = now + self.config.answer_deadline;
         self.pending.push_back(Pending { token, deadline, work });
+    }
+
+    /// Nothing of what was asked of the card before counts any more.
+    fn power_on(&mut self, now: Instant) {
+        self.fail_pending();
+        if self.slot == Slot::Present {
+            self.wait_for(Work::PowerOn, now);
+        } else {
+            self.send_error();
+        }
+    }
+
+    fn powered(&mut self, token: Token, atr: Option<Atr>) {
+        if !self.take_front(token) {
+            return;
+        }
+        match atr {
+            Some(atr) => self.send(self.reader, Body::PowerOn(Bytes::copy_from_slice(atr.as_bytes()))),
+            None => self.send_error(),
+        }
+    }
+
+    /// Tells the host of every command that it will get no answer; returns how many there were.
+    fn fail_pending(&mut self) -> usize {
+        let unanswered = self.pending.len();
+        self.pending.clear();
+        for _ in 0..unanswered {
+            self.send_error();
+        }
+        unanswered
     }
 
     fn next_command(&mut self) {
@@ -625,17 +680,28 @@ impl Client {
                     self.pending.pop_front();
                     self.send_response(&status.into());
                 }
+                Work::PowerOn => return self.output.push_back(Output::PowerOn(front.token)),
             }
         }
     }
 
+    /// Whether the oldest command is the one that `token` names; it is no longer waited for then.
+    fn take_front(&mut self, token: Token) -> bool {
+        let is_front = self.pending.front().is_some_and(|pending| pending.token == token);
+        if is_front {
+            self.pending.pop_front();
+        }
+        is_front
+    }
+
     fn answered(&mut self, token: Token, response: Option<Response>) {
-        if self.pending.front().is_none_or(|pending| pending.token != token) {
+        if !self.take_front(token) {
             return;
         }
-        self.pending.pop_front();
+        let most =
+            self.extension.map_or(MOST_RESPONSE, |host| host.response.min(MAX_PAYLOAD as u32) as usize);
         match response {
-            Some(response) if response.as_bytes().len() <= MOST_RESPONSE => self.send_response(&response),
+            Some(response) if response.as_bytes().len() <= most => self.send_response(&response),
             _ => {
                 self.notice(Notice::NotAnswered);
                 self.send_error();
@@ -655,7 +721,7 @@ impl Client {
     // ---- small ------------------------------------------------------------------------------------------
 
     fn send(&mut self, reader: ReaderId, body: Body) {
-        // Nothing sent here comes near the limit: names, ATRs and responses are all below 300 bytes.
+        // Nothing sent here is above the limit: responses are held to it, all else is far below.
         if let Ok(bytes) = codec::encode(&Message::new(reader, body)) {
             self.output.push_back(Output::Send(bytes));
         }

@@ -14,6 +14,8 @@ struct Qemu {
     card: Option<Vec<u8>>,
     /// What the guest saw happen.
     seen: Vec<String>,
+    /// Not QEMU, but a host that speaks the extension.
+    extension: Option<Extension>,
 }
 
 impl Qemu {
@@ -35,7 +37,7 @@ impl Qemu {
             }
             let payload: Vec<u8> = self.buffer.drain(..HEADER + length).skip(HEADER).collect();
             match kind {
-                1 => self.reply(u32::MAX, Body::Init(Init::ours())),
+                1 => self.reply(u32::MAX, Body::Init(Init::ours(self.extension))),
                 2 => self.seen.push("failed".into()),
                 3 => self.reply(0, Body::Error(ErrorCode::SUCCESS)),
                 4 => {
@@ -54,6 +56,8 @@ impl Qemu {
                     self.reply(reader, Body::Error(ErrorCode::SUCCESS));
                 }
                 7 => self.seen.push(format!("answer {}", hex(&payload))),
+                0x8000_0001 => self.seen.push(format!("powered {}", hex(&payload))),
+                0x8000_0002 => self.seen.push("unpowered".into()),
                 _ => self.reply(reader, Body::Error(ErrorCode::GENERAL)),
             }
         }
@@ -74,14 +78,27 @@ struct Bench {
     commands: Vec<(Token, Command)>,
     notices: Vec<Notice>,
     closed: Option<CloseReason>,
+    extension: Option<Option<Extension>>,
+    power_ons: Vec<Token>,
+    power_offs: u32,
 }
 
 impl Bench {
     fn new(qemu: Qemu) -> Self {
         let now = Instant::now();
-        let client = Client::new(ClientConfig::new("test"), Some(atr()), now);
-        let backlog = None;
-        Self { client, qemu, now, backlog, commands: vec![], notices: vec![], closed: None }
+        let client = Client::new(ClientConfig::new("test"), now);
+        Self {
+            client,
+            qemu,
+            now,
+            backlog: None,
+            commands: vec![],
+            notices: vec![],
+            closed: None,
+            extension: None,
+            power_ons: vec![],
+            power_offs: 0,
+        }
     }
 
     fn pump(&mut self) {
@@ -93,6 +110,12 @@ impl Bench {
                         None => self.qemu.feed(bytes.expose()),
                     },
                     Output::Transmit(token, command) => self.commands.push((token, command)),
+                    Output::Ready(extension) => {
+                        self.extension = Some(extension);
+                        self.client.handle(Input::Inserted(atr()), self.now);
+                    }
+                    Output::PowerOn(token) => self.power_ons.push(token),
+                    Output::PowerOff => self.power_offs += 1,
                     Output::Notice(notice) => self.notices.push(notice),
                     Output::Close(reason) => self.closed = Some(reason),
                 }
@@ -146,15 +169,16 @@ fn a_healthy_host_sees_the_order_that_a_guest_needs() {
     bench.run_until("insertion", |bench| bench.client.slot == Slot::Present);
     assert_eq!(bench.qemu.seen, ["answer 6F00", "removed", "inserted"]);
     assert_eq!(bench.now - start, ELEVEN_WAIT + FAIL_TO_REMOVE + REMOVE_TO_INSERT);
-    assert_eq!(bench.notices, [Notice::Ready, Notice::Removed, Notice::Inserted]);
+    assert_eq!(bench.notices, [Notice::Removed, Notice::Inserted]);
+    assert_eq!(bench.extension, Some(None));
 }
 
 #[test]
 fn an_unasked_init_does_no_harm() {
     let mut qemu = Qemu::default();
-    qemu.reply(u32::MAX, Body::Init(Init::ours()));
+    qemu.reply(u32::MAX, Body::Init(Init::ours(None)));
     let mut bench = Bench::present(qemu);
-    bench.qemu.reply(u32::MAX, Body::Init(Init::ours()));
+    bench.qemu.reply(u32::MAX, Body::Init(Init::ours(None)));
     bench.pump();
     assert_eq!((bench.client.slot, &bench.closed), (Slot::Present, &None));
 }
@@ -163,7 +187,7 @@ fn an_unasked_init_does_no_harm() {
 #[test]
 fn any_cut_message_is_overcome() {
     let bodies = [
-        Body::Init(Init::ours()),
+        Body::Init(Init::ours(None)),
         Body::Error(ErrorCode::GENERAL),
         Body::ReaderAdd(Bytes::from_static(b"Virtual Reader")),
         Body::ReaderRemove,
@@ -229,7 +253,7 @@ fn a_host_that_passes_over_unknown_messages_is_served_too() {
     bench.backlog = Some(Vec::new());
     bench.run_until("Init", |bench| matches!(bench.client.link, Link::Probing(Probe::Parked)));
     bench.backlog = None;
-    bench.qemu.reply(u32::MAX, Body::Init(Init::ours()));
+    bench.qemu.reply(u32::MAX, Body::Init(Init::ours(None)));
     bench.run_until("insertion", |bench| bench.client.slot == Slot::Present);
 }
 
@@ -322,6 +346,43 @@ fn flush_is_complete_when_nothing_is_pending() {
 }
 
 #[test]
+fn the_extension_brings_power_and_long_apdus() {
+    let extension = Some(Extension::FULL);
+    let mut bench = Bench::present(Qemu { extension, ..Qemu::default() });
+    assert_eq!(bench.extension, Some(extension));
+    bench.qemu.reply(0, Body::PowerOn(Bytes::new()));
+    bench.pump();
+    let token = bench.power_ons[0];
+    bench.client.handle(Input::Powered(token, Some(atr())), bench.now);
+    bench.pump();
+    bench.apdu(&[0, 0xA4, 4, 0]);
+    let long = Response::new(&[0x55; 5000], StatusWord::SUCCESS);
+    let (token, _) = bench.commands[0];
+    bench.client.handle(Input::Answer(token, Some(long.clone())), bench.now);
+    bench.pump();
+    assert_eq!(bench.qemu.seen, [format!("powered {}", atr()), format!("answer {}", hex(long.as_bytes()))]);
+    // A power-off while a command is out: the command is answered for, and its answer comes too late.
+    bench.apdu(&[0, 0xA4, 4, 0]);
+    bench.qemu.seen.clear();
+    bench.qemu.reply(0, Body::PowerOff);
+    bench.pump();
+    let (token, _) = bench.commands[1];
+    bench.client.handle(Input::Answer(token, Some(StatusWord::SUCCESS.into())), bench.now);
+    bench.pump();
+    assert_eq!(bench.qemu.seen, ["failed", "unpowered"]);
+    assert_eq!(bench.power_offs, 1);
+}
+
+#[test]
+fn a_plain_host_has_no_power_over_the_card() {
+    let mut bench = Bench::present(Qemu::default());
+    bench.qemu.reply(0, Body::PowerOn(Bytes::new()));
+    bench.qemu.reply(0, Body::PowerOff);
+    bench.pump();
+    assert!(bench.power_ons.is_empty() && bench.power_offs == 0 && bench.qemu.seen.is_empty());
+}
+
+#[test]
 fn hostile_hosts_are_left_with_a_reason() {
     let closed = |messages: &[(u32, Body)]| {
         let mut bench = Bench::present(Qemu::default());
@@ -337,7 +398,7 @@ fn hostile_hosts_are_left_with_a_reason() {
         "the host has sent more than 128 commands without waiting for an answer"
     );
     assert_eq!(closed(&vec![apdu(); 128]), None);
-    let magic = Init { magic: *b"VSCX", ..Init::ours() };
+    let magic = Init { magic: *b"VSCX", ..Init::ours(None) };
     assert_eq!(
         closed(&[(0, Body::Init(magic))]).unwrap(),
         "magic at offset 12 of the host's Init is not VSCD: not a VSCard host"

@@ -64,9 +64,11 @@ pub fn encode(message: &Message) -> Result<Secret, EncodeError> {
     let length = match &message.body {
         Body::Init(init) => 8 + 4 * init.capabilities.len(),
         Body::Error(_) => 4,
-        Body::ReaderAdd(bytes) | Body::Atr(bytes) | Body::Unknown(_, bytes) => bytes.len(),
+        Body::ReaderAdd(bytes) | Body::Atr(bytes) | Body::PowerOn(bytes) | Body::Unknown(_, bytes) => {
+            bytes.len()
+        }
         Body::Apdu(apdu) => apdu.len(),
-        Body::ReaderRemove | Body::CardRemove | Body::Flush | Body::FlushComplete => 0,
+        Body::ReaderRemove | Body::CardRemove | Body::Flush | Body::FlushComplete | Body::PowerOff => 0,
     };
     if length > MAX_PAYLOAD {
         return Err(EncodeError { kind, length });
@@ -82,9 +84,11 @@ pub fn encode(message: &Message) -> Result<Secret, EncodeError> {
             init.capabilities.iter().for_each(|word| out.put_u32(*word));
         }
         Body::Error(code) => out.put_u32(code.0),
-        Body::ReaderAdd(bytes) | Body::Atr(bytes) | Body::Unknown(_, bytes) => out.put_slice(bytes),
+        Body::ReaderAdd(bytes) | Body::Atr(bytes) | Body::PowerOn(bytes) | Body::Unknown(_, bytes) => {
+            out.put_slice(bytes);
+        }
         Body::Apdu(apdu) => out.put_slice(apdu.expose()),
-        Body::ReaderRemove | Body::CardRemove | Body::Flush | Body::FlushComplete => {}
+        Body::ReaderRemove | Body::CardRemove | Body::Flush | Body::FlushComplete | Body::PowerOff => {}
     }
     Ok(Secret::new(out))
 }
@@ -190,6 +194,8 @@ fn body(kind: MessageType, payload: &[u8]) -> Result<Body, DecodeError> {
         MessageType::APDU => Ok(Body::Apdu(Secret::from(payload))),
         MessageType::FLUSH => empty(Body::Flush),
         MessageType::FLUSH_COMPLETE => empty(Body::FlushComplete),
+        MessageType::POWER_ON => Ok(Body::PowerOn(Bytes::copy_from_slice(payload))),
+        MessageType::POWER_OFF => empty(Body::PowerOff),
         other => Ok(Body::Unknown(other, Bytes::copy_from_slice(payload))),
     }
 }
@@ -213,8 +219,10 @@ mod tests {
             bytes().prop_map(|apdu| Body::Apdu(Secret::from(&apdu[..]))),
             Just(Body::Flush),
             Just(Body::FlushComplete),
+            bytes().prop_map(Body::PowerOn),
+            Just(Body::PowerOff),
             (any::<u32>(), bytes())
-                .prop_filter("a known type", |(kind, _)| !(1..=9).contains(kind))
+                .prop_filter("a known type", |(kind, _)| !matches!(kind, 1..=9 | 0x8000_0001 | 0x8000_0002))
                 .prop_map(|(kind, payload)| Body::Unknown(MessageType(kind), payload)),
         ]
     }
@@ -235,7 +243,7 @@ mod tests {
     #[test]
     fn bytes_of_the_wire() {
         // What QEMU 7.2 answers to Init and to ReaderAdd.
-        let init = Message::new(ReaderId::UNDEFINED, Body::Init(Init::ours()));
+        let init = Message::new(ReaderId::UNDEFINED, Body::Init(Init::ours(None)));
         let wire = [
             [0, 0, 0, 1, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 12].as_slice(),
             b"VSCD",

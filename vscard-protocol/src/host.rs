@@ -3,7 +3,7 @@
 //! [`Host`] is one connection as a state machine without I/O and clock. It serves one reader with one card and is
 //! safe for old clients: libcacard's vscclient starts another thread for each Init it gets, so an Init is only
 //! ever a reply; it has a buffer of 270 bytes that it does not check, so no command longer than
-//! [`MAX_COMMAND`] goes out; it removes readers it never added, which is acknowledged.
+//! [`MAX_COMMAND`] goes out to it; it removes readers it never added, which is acknowledged.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::codec::{self, DecodeError, Decoder};
-use crate::message::{Body, ErrorCode, Init, MAGIC, MAX_PAYLOAD, Message, MessageType, ReaderId};
+use crate::message::{Body, ErrorCode, Extension, Init, MAGIC, MAX_PAYLOAD, Message, MessageType, ReaderId};
 use crate::{Atr, Command, Response, Secret};
 
 /// Longest command APDU sent to a client, in bytes: 5 + 255 + 1.
@@ -34,6 +34,11 @@ pub enum Input<'a> {
     Received(&'a [u8]),
     /// Give this command to the card.
     Transmit(Token, Command),
+    /// Power the card up afresh. Without the extension nothing reaches the client, and the card keeps what it
+    /// had.
+    PowerOn(Token),
+    /// End the card's session, if the client can be told.
+    PowerOff,
 }
 
 /// What a [`Host`] wants done, or has to tell.
@@ -43,12 +48,16 @@ pub enum Output {
     Send(Secret),
     /// The client's reader has this name (its bytes, UTF-8 or not, at most 255).
     ReaderAdded(Bytes),
-    /// A card is in; if one was in before, it is another one now.
-    Inserted(Atr),
+    /// A card is in; if one was in before, it is another one now. With the extension its client powers it when
+    /// told to, and takes APDUs up to these sizes; without it takes [`MAX_COMMAND`] bytes of command and nobody
+    /// can tell it of power-off and reset.
+    Inserted(Atr, Option<Extension>),
     /// No card is in any more.
     Removed,
     /// The card's response.
     Answer(Token, Response),
+    /// The card is powered.
+    Powered(Token, Atr),
     /// There is no response and will be none.
     Failed(Token, Failure),
     /// Tell the user.
@@ -72,8 +81,8 @@ pub enum Failure {
     /// The client's answer is no response APDU.
     #[error("the client's answer is no response APDU")]
     NoResponse,
-    /// Longer than [`MAX_COMMAND`].
-    #[error("the command is longer than the {MAX_COMMAND} bytes that a client takes")]
+    /// Longer than what the client takes; [`MAX_COMMAND`] without the extension.
+    #[error("the command is longer than what the client takes")]
     TooLong,
     /// Another command is out.
     #[error("another command is under way")]
@@ -120,6 +129,14 @@ struct Pending {
     /// `None` once nobody waits for it; its answer still has to be taken off the stream.
     token: Option<Token>,
     deadline: Instant,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Apdu,
+    PowerOn,
+    PowerOff,
 }
 
 /// One connection to a client, from the host's side.
@@ -129,7 +146,10 @@ pub struct Host {
     output: VecDeque<Output>,
     /// Oldest first: answers are told apart by their order alone.
     pending: VecDeque<Pending>,
-    card: bool,
+    /// The card that is in.
+    card: Option<Atr>,
+    /// What the client announced.
+    extension: Option<Extension>,
     nonsense: u32,
     closed: bool,
 }
@@ -142,7 +162,8 @@ impl Host {
             deadline,
             output: VecDeque::new(),
             pending: VecDeque::new(),
-            card: false,
+            card: None,
+            extension: None,
             nonsense: 0,
             closed: false,
         }
@@ -165,7 +186,27 @@ impl Host {
                     }
                 }
             }
-            Input::Transmit(token, command) => self.transmit(token, &command, now),
+            Input::Transmit(token, command) => {
+                let longest = self.extension.map_or(MAX_COMMAND, |client| client.command as usize);
+                if command.as_bytes().len() > longest.min(MAX_PAYLOAD) {
+                    self.output.push_back(Output::Failed(token, Failure::TooLong));
+                } else {
+                    let apdu = Body::Apdu(Secret::from(command.as_bytes()));
+                    self.ask(Some(token), Kind::Apdu, apdu, now);
+                }
+            }
+            Input::PowerOn(token) => match (&self.card, self.extension) {
+                (Some(atr), None) => self.output.push_back(Output::Powered(token, atr.clone())),
+                _ => self.ask(Some(token), Kind::PowerOn, Body::PowerOn(Bytes::new()), now),
+            },
+            Input::PowerOff if self.card.is_some() && self.extension.is_some() => {
+                // Whoever waited has given up; the client fails what it has.
+                for pending in &mut self.pending {
+                    pending.token = None;
+                }
+                self.ask(None, Kind::PowerOff, Body::PowerOff, now);
+            }
+            Input::PowerOff => {}
         }
     }
 
@@ -188,31 +229,35 @@ impl Host {
         }
     }
 
-    fn transmit(&mut self, token: Token, command: &Command, now: Instant) {
-        let failure = if !self.card || self.closed {
+    fn ask(&mut self, token: Option<Token>, kind: Kind, body: Body, now: Instant) {
+        let failure = if self.card.is_none() || self.closed {
             Some(Failure::Removed)
-        } else if command.as_bytes().len() > MAX_COMMAND {
-            Some(Failure::TooLong)
         } else if self.pending.iter().any(|pending| pending.token.is_some()) {
             Some(Failure::Busy)
+        } else if self.pending.len() >= MOST_LATE {
+            Some(Failure::Mute)
         } else {
             None
         };
-        if let Some(failure) = failure {
-            return self.output.push_back(Output::Failed(token, failure));
+        let Some(failure) = failure else {
+            self.pending.push_back(Pending { token, deadline: now + self.deadline, kind });
+            return self.send(ReaderId::FIRST, body);
+        };
+        if let Some(token) = token {
+            self.output.push_back(Output::Failed(token, failure));
         }
-        if self.pending.len() >= MOST_LATE {
-            self.output.push_back(Output::Failed(token, Failure::Mute));
-            return self.close(CloseReason::Silent);
+        if failure == Failure::Mute {
+            self.close(CloseReason::Silent);
         }
-        self.pending.push_back(Pending { token: Some(token), deadline: now + self.deadline });
-        self.send(ReaderId::FIRST, Body::Apdu(Secret::from(command.as_bytes())));
     }
 
     fn message(&mut self, Message { reader, body }: Message) {
         match body {
             Body::Init(init) if init.magic != MAGIC => self.close(CloseReason::WrongMagic),
-            Body::Init(_) => self.send(ReaderId::UNDEFINED, Body::Init(Init::ours())),
+            Body::Init(init) => {
+                self.extension = init.extension();
+                self.send(ReaderId::UNDEFINED, Body::Init(Init::ours(Some(Extension::FULL))));
+            }
             // Whatever id it asks for, the reader is the first and only one.
             Body::ReaderAdd(name) => {
                 let name = name.slice(..name.len().min(255));
@@ -226,8 +271,8 @@ impl Host {
             Body::Atr(bytes) => match Atr::parse(&bytes) {
                 Ok(atr) => {
                     self.remove_card();
-                    self.card = true;
-                    self.output.push_back(Output::Inserted(atr));
+                    self.card = Some(atr.clone());
+                    self.output.push_back(Output::Inserted(atr, self.extension));
                     self.send(reader, Body::Error(ErrorCode::SUCCESS));
                 }
                 Err(error) => {
@@ -236,14 +281,32 @@ impl Host {
                     self.nonsense();
                 }
             },
+            // Clients send one to end what an earlier client left undone.
+            Body::Apdu(_) if self.pending.is_empty() && self.card.is_none() => {}
             Body::Apdu(bytes) => {
-                self.answered(Response::parse(bytes.expose()).map_err(|_| Failure::NoResponse));
+                let response = Response::parse(bytes.expose());
+                self.answered(Kind::Apdu, |token| match response {
+                    Ok(response) => Output::Answer(token, response),
+                    Err(_) => Output::Failed(token, Failure::NoResponse),
+                });
             }
-            // Clients send one to clear what an earlier client left, so one too many is no nonsense.
+            Body::PowerOn(bytes) if self.extension.is_some() => {
+                let atr = Atr::parse(&bytes);
+                self.answered(Kind::PowerOn, |token| match atr {
+                    Ok(atr) => Output::Powered(token, atr),
+                    Err(_) => Output::Failed(token, Failure::NoResponse),
+                });
+            }
+            Body::PowerOff if self.extension.is_some() => {
+                self.answered(Kind::PowerOff, |token| Output::Failed(token, Failure::NoResponse));
+            }
             Body::Error(_) if self.pending.is_empty() => {}
-            Body::Error(code) => self.answered(Err(Failure::Refused(code))),
+            Body::Error(code) => {
+                let kind = self.pending.front().map_or(Kind::Apdu, |pending| pending.kind);
+                self.answered(kind, |token| Output::Failed(token, Failure::Refused(code)));
+            }
             Body::FlushComplete => {}
-            Body::Flush | Body::Unknown(..) => {
+            Body::Flush | Body::PowerOn(_) | Body::PowerOff | Body::Unknown(..) => {
                 self.output.push_back(Output::Notice(Notice::Unexpected(body.message_type())));
                 self.send(reader, Body::Error(ErrorCode::GENERAL));
                 self.nonsense();
@@ -251,16 +314,14 @@ impl Host {
         }
     }
 
-    fn answered(&mut self, outcome: Result<Response, Failure>) {
-        let Some(pending) = self.pending.pop_front() else {
+    /// The oldest request is answered, if an answer of this kind is due.
+    fn answered(&mut self, kind: Kind, outcome: impl FnOnce(Token) -> Output) {
+        if self.pending.front().is_none_or(|pending| pending.kind != kind) {
             self.output.push_back(Output::Notice(Notice::Unasked));
             return self.nonsense();
-        };
-        if let Some(token) = pending.token {
-            self.output.push_back(match outcome {
-                Ok(response) => Output::Answer(token, response),
-                Err(failure) => Output::Failed(token, failure),
-            });
+        }
+        if let Some(token) = self.pending.pop_front().and_then(|pending| pending.token) {
+            self.output.push_back(outcome(token));
         }
     }
 
@@ -271,13 +332,13 @@ impl Host {
                 self.output.push_back(Output::Failed(token, Failure::Removed));
             }
         }
-        if std::mem::replace(&mut self.card, false) {
+        if self.card.take().is_some() {
             self.output.push_back(Output::Removed);
         }
     }
 
     fn send(&mut self, reader: ReaderId, body: Body) {
-        // Nothing sent here comes near the limit: commands are below 262 bytes.
+        // Nothing sent here is above the limit: commands are held to it.
         if let Ok(bytes) = codec::encode(&Message::new(reader, body)) {
             self.output.push_back(Output::Send(bytes));
         }
@@ -304,7 +365,7 @@ mod tests {
 
     use super::*;
     use crate::StatusWord;
-    use crate::client::{Client, ClientConfig};
+    use crate::client::{self, Client, ClientConfig};
 
     fn atr() -> Bytes {
         Bytes::copy_from_slice(Atr::t0(b"card").unwrap().as_bytes())
@@ -348,7 +409,8 @@ mod tests {
                     body => format!("send {}", body.message_type()),
                 }
             }
-            Output::Inserted(atr) => format!("inserted {atr}"),
+            Output::Inserted(atr, _) => format!("inserted {atr}"),
+            Output::Powered(token, atr) => format!("powered {} {atr}", token.0),
             Output::Removed => "removed".into(),
             Output::ReaderAdded(name) => format!("reader {}", String::from_utf8_lossy(name)),
             Output::Answer(token, response) => format!("answer {} {}", token.0, response.status()),
@@ -365,7 +427,7 @@ mod tests {
     #[test]
     fn what_libcacards_vscclient_sends_is_served() {
         let mut wire = Wire::new();
-        assert_eq!(wire.say(0, Body::Init(Init::ours())), ["send Init"]);
+        assert_eq!(wire.say(0, Body::Init(Init::ours(None))), ["send Init"]);
         assert_eq!(wire.say(0, Body::ReaderRemove), ["success for 0"]);
         assert_eq!(wire.say(0, Body::ReaderAdd(Bytes::new())), ["reader ", "success for 0"]);
         assert_eq!(wire.say(0, Body::Atr(atr())), ["inserted 3B84400163617264", "success for 0"]);
@@ -411,13 +473,14 @@ mod tests {
             wire.say(0, Body::Atr(Bytes::from_static(&[0x3B]))),
             ["ATR refused: ATR of 1 bytes ends before T0 at offset 1", "general error for 0"]
         );
-        assert_eq!(wire.say(0, ok()), ["answer without a command ignored"]);
+        assert!(wire.say(0, ok()).is_empty());
         wire.say(0, Body::Atr(atr()));
+        assert_eq!(wire.say(0, ok()), ["answer without a command ignored"]);
         let long = Command::build([0, 0xDB, 0, 0], &[0; 300], None).unwrap();
-        assert!(wire.transmit(1, long.as_bytes())[0].contains("longer than the 261 bytes"));
+        assert!(wire.transmit(1, long.as_bytes())[0].contains("longer than what the client takes"));
         wire.transmit(2, &[0, 0xA4, 4, 0]);
         assert_eq!(wire.transmit(3, &[0, 0xA4, 4, 0]), ["failed 3 another command is under way"]);
-        let magic = Init { magic: *b"XXXX", ..Init::ours() };
+        let magic = Init { magic: *b"XXXX", ..Init::ours(None) };
         assert!(wire.say(0, Body::Init(magic)).last().unwrap().starts_with("close: magic at offset 12"));
     }
 
@@ -435,54 +498,76 @@ mod tests {
         assert!(last.last().unwrap().starts_with("close: the client has left 4 commands"), "{last:?}");
     }
 
-    /// The two ends of this crate with each other.
-    #[test]
-    fn both_ends_understand_each_other() {
+    /// The two ends of this crate with each other, the client plain or with the extension.
+    fn both_ends(extension: Option<Extension>) -> Vec<String> {
         let mut now = Instant::now();
         let mut host = Host::new(Duration::from_secs(20));
-        let card = Atr::t0(b"card").unwrap();
-        let mut client = Client::new(ClientConfig::new("reader"), Some(card), now);
+        let card = || Atr::t1(b"card").unwrap();
+        let config = ClientConfig { extension, ..ClientConfig::new("reader") };
+        let mut client = Client::new(config, now);
         let mut seen = Vec::new();
-        for _ in 0..10 {
-            loop {
-                let mut moved = false;
-                while let Some(output) = client.poll_output() {
-                    moved = true;
-                    match output {
-                        crate::client::Output::Send(bytes) => {
-                            host.handle(Input::Received(bytes.expose()), now);
-                        }
-                        crate::client::Output::Transmit(token, _) => {
-                            let response = Some(StatusWord::SUCCESS.into());
-                            client.handle(crate::client::Input::Answer(token, response), now);
-                        }
-                        crate::client::Output::Notice(_) => {}
-                        crate::client::Output::Close(reason) => panic!("{reason}"),
+        loop {
+            let mut moved = false;
+            while let Some(output) = client.poll_output() {
+                moved = true;
+                match output {
+                    client::Output::Send(bytes) => host.handle(Input::Received(bytes.expose()), now),
+                    client::Output::Transmit(token, _) => {
+                        let response = Some(StatusWord::SUCCESS.into());
+                        client.handle(client::Input::Answer(token, response), now);
                     }
-                }
-                while let Some(output) = host.poll_output() {
-                    moved = true;
-                    match output {
-                        Output::Send(bytes) => {
-                            client.handle(crate::client::Input::Received(bytes.expose()), now);
-                        }
-                        Output::Inserted(_) => {
-                            let command = Command::parse(&[0, 0xA4, 4, 0]).unwrap();
-                            host.handle(Input::Transmit(Token(7), command), now);
-                        }
-                        other => seen.push(describe(&other)),
+                    client::Output::PowerOn(token) => {
+                        seen.push("power on".to_owned());
+                        client.handle(client::Input::Powered(token, Some(card())), now);
                     }
-                }
-                if !moved {
-                    break;
+                    client::Output::PowerOff => seen.push("power off".to_owned()),
+                    client::Output::Ready(_) => client.handle(client::Input::Inserted(card()), now),
+                    client::Output::Notice(_) => {}
+                    client::Output::Close(reason) => panic!("{reason}"),
                 }
             }
-            let Some(at) = client.next_deadline() else { break };
-            now = at;
-            client.handle_deadline(now);
+            while let Some(output) = host.poll_output() {
+                moved = true;
+                seen.push(describe(&output));
+                match output {
+                    Output::Send(bytes) => {
+                        seen.pop();
+                        client.handle(client::Input::Received(bytes.expose()), now);
+                    }
+                    Output::Inserted(..) => host.handle(Input::PowerOn(Token(6)), now),
+                    Output::Powered(..) => {
+                        let command = Command::parse(&[0, 0xA4, 4, 0]).unwrap();
+                        host.handle(Input::Transmit(Token(7), command), now);
+                    }
+                    Output::Answer(..) => host.handle(Input::PowerOff, now),
+                    _ => {}
+                }
+            }
+            if !moved {
+                let Some(at) = client.next_deadline() else { return seen };
+                if seen.iter().any(|line| line.starts_with("answer")) {
+                    return seen;
+                }
+                now = at;
+                client.handle_deadline(now);
+            }
         }
-        assert!(seen.contains(&"reader reader".to_owned()), "{seen:?}");
-        assert!(seen.contains(&"answer 7 9000".to_owned()), "{seen:?}");
+    }
+
+    #[test]
+    fn both_ends_understand_each_other() {
+        let atr = Atr::t1(b"card").unwrap();
+        let shown = |rest: &[&str]| {
+            [&[format!("inserted {atr}")], &*rest.iter().map(|line| line.to_string()).collect::<Vec<_>>()]
+                .concat()
+        };
+        let seen = both_ends(None);
+        let from = seen.iter().position(|line| line.starts_with("inserted")).unwrap();
+        assert_eq!(seen[from..], shown(&[&format!("powered 6 {atr}"), "answer 7 9000"]));
+        let seen = both_ends(Some(Extension::FULL));
+        let from = seen.iter().position(|line| line.starts_with("inserted")).unwrap();
+        let expected = ["power on", &format!("powered 6 {atr}"), "answer 7 9000", "power off"];
+        assert_eq!(seen[from..], shown(&expected));
     }
 
     proptest! {

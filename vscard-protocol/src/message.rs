@@ -40,6 +40,10 @@ impl MessageType {
     pub const FLUSH: Self = Self(8);
     /// FlushComplete, client to host.
     pub const FLUSH_COMPLETE: Self = Self(9);
+    /// PowerOn, of the [extension](Init::EXTENDED): from the host a request, from the client the answer.
+    pub const POWER_ON: Self = Self(0x8000_0001);
+    /// PowerOff, of the [extension](Init::EXTENDED): from the host a request, from the client the answer.
+    pub const POWER_OFF: Self = Self(0x8000_0002);
 }
 
 impl fmt::Display for MessageType {
@@ -54,6 +58,8 @@ impl fmt::Display for MessageType {
             7 => "APDU",
             8 => "Flush",
             9 => "FlushComplete",
+            0x8000_0001 => "PowerOn",
+            0x8000_0002 => "PowerOff",
             other => return write!(f, "type {other:#x}"),
         })
     }
@@ -133,15 +139,49 @@ pub struct Init {
     pub capabilities: Vec<u32>,
 }
 
+/// What a peer announces that speaks the extension: the longest APDUs it takes, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extension {
+    /// Longest command APDU.
+    pub command: u32,
+    /// Longest response APDU, status word included.
+    pub response: u32,
+}
+
+impl Extension {
+    /// What fits into one message.
+    pub const FULL: Self = Self { command: MAX_PAYLOAD as u32, response: MAX_PAYLOAD as u32 };
+}
+
 impl Init {
     /// Version 0.0.2, the one in use.
     pub const VERSION: u32 = 2;
     /// Capability words that are kept; a longer Init is an error.
     pub const MAX_CAPABILITIES: usize = 64;
 
-    /// What this crate sends: version 0.0.2, one capability word of zero.
-    pub fn ours() -> Self {
-        Self { magic: MAGIC, version: Self::VERSION, capabilities: vec![0] }
+    /// Bit 0 of the first capability word: this crate's extension. The second word is then the longest command
+    /// APDU, the third the longest response APDU that the sender takes, in bytes. Once both ends have announced
+    /// it, the host tells the client to power the card on and off ([`MessageType::POWER_ON`],
+    /// [`MessageType::POWER_OFF`]), the card is shown with its own ATR, and APDUs are whole instead of T=0 TPDUs.
+    pub const EXTENDED: u32 = 1;
+
+    /// What this crate sends: version 0.0.2 and, if wanted, the extension.
+    pub fn ours(extension: Option<Extension>) -> Self {
+        let capabilities = match extension {
+            Some(Extension { command, response }) => vec![Self::EXTENDED, command, response],
+            None => vec![0],
+        };
+        Self { magic: MAGIC, version: Self::VERSION, capabilities }
+    }
+
+    /// The extension as the peer announces it.
+    pub fn extension(&self) -> Option<Extension> {
+        match *self.capabilities {
+            [first, command, response, ..] if first & Self::EXTENDED != 0 => {
+                Some(Extension { command, response })
+            }
+            _ => None,
+        }
     }
 }
 
@@ -166,6 +206,10 @@ pub enum Body {
     Flush,
     /// The client has.
     FlushComplete,
+    /// The host wants the card powered; the client answers with the card's ATR.
+    PowerOn(Bytes),
+    /// The host wants the card unpowered; the client answers that it is.
+    PowerOff,
     /// A type this crate does not know, with its payload.
     Unknown(MessageType, Bytes),
 }
@@ -183,6 +227,8 @@ impl Body {
             Self::Apdu(_) => MessageType::APDU,
             Self::Flush => MessageType::FLUSH,
             Self::FlushComplete => MessageType::FLUSH_COMPLETE,
+            Self::PowerOn(_) => MessageType::POWER_ON,
+            Self::PowerOff => MessageType::POWER_OFF,
             Self::Unknown(kind, _) => *kind,
         }
     }

@@ -16,10 +16,10 @@ use clap::Parser;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use vscard_protocol::CardSource;
 use vscard_protocol::chardev::Channel;
 use vscard_protocol::client::ClientConfig;
 use vscard_protocol::trace::Traced;
-use vscard_protocol::{CardSource, T0};
 
 use crate::args::{CardSpec, Cli, Command, Serve};
 use crate::console::Console;
@@ -97,11 +97,8 @@ async fn run(channel: Channel, setup: card::Setup, spec: &CardSpec, serve: &Serv
     let slot = Arc::new(setup.slot);
     slot.insert();
     Console { slot: slot.clone(), reader: spec.reader.clone(), level, wishes }.start();
-    let source: Arc<dyn CardSource> = if serve.trace {
-        Arc::new(T0::new(Traced::new(slot.clone(), log::trace_sink())))
-    } else {
-        Arc::new(T0::new(slot.clone()))
-    };
+    let source: Arc<dyn CardSource> =
+        if serve.trace { Arc::new(Traced::new(slot.clone(), log::trace_sink())) } else { slot.clone() };
     let config = ClientConfig::new(spec.reader.clone());
     session::run(source, channel, config, !serve.no_reconnect, &mut wanted).await
 }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,7 +10,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 use vscard_protocol::client::{Client, ClientConfig, CloseReason, Input, Notice, Output, Token};
-use vscard_protocol::{Card, CardError, CardSource, Command, Presence, PresenceWatch, Response, Secret};
+use vscard_protocol::{
+    Atr, Card, CardError, CardSource, Command, Presence, PresenceWatch, Response, Secret, T0,
+};
 
 /// First wait before connecting again; doubled each time.
 const FIRST_DELAY: Duration = Duration::from_millis(250);
@@ -48,8 +51,8 @@ enum Lost {
 }
 
 /// Runs until the user leaves, or the first loss if `reconnect` is not wanted.
-pub(crate) async fn run<S: CardSource + Clone + 'static>(
-    source: S,
+pub(crate) async fn run(
+    source: Arc<dyn CardSource>,
     mut channel: Channel,
     config: ClientConfig,
     reconnect: bool,
@@ -103,59 +106,70 @@ pub(crate) async fn run<S: CardSource + Clone + 'static>(
 
 /// A powered card, driven by a task of its own so that a slow one stops nothing else.
 struct Powered {
-    insertion: u64,
+    session: u64,
     commands: mpsc::UnboundedSender<(Token, Command)>,
     task: JoinHandle<()>,
 }
 
-struct Connection<S> {
+struct Connection {
     stream: Stream,
-    source: S,
+    /// The card as it is.
+    whole: Arc<dyn CardSource>,
+    /// The card as the host wants it, once that is known.
+    shown: Option<Shown>,
     client: Client,
     card: Option<Powered>,
+    sessions: u64,
     answers: (mpsc::Sender<CardAnswer>, mpsc::Receiver<CardAnswer>),
     unsent: VecDeque<Secret>,
     /// Bytes of the first of `unsent` that are written.
     written: usize,
-    ready: bool,
 }
 
-/// Insertion, token, response.
+struct Shown {
+    source: Arc<dyn CardSource>,
+    presence: PresenceWatch,
+    /// The host powers the card on and off.
+    host_powers: bool,
+    /// The insertion that the client was told of.
+    insertion: Option<u64>,
+}
+
+/// Session, token, response.
 type CardAnswer = (u64, Token, Option<Response>);
 
-impl<S: CardSource> Connection<S> {
-    fn new(stream: Stream, source: S, config: ClientConfig) -> Self {
+impl Connection {
+    fn new(stream: Stream, whole: Arc<dyn CardSource>, config: ClientConfig) -> Self {
         Self {
             stream,
-            source,
-            client: Client::new(config, None, Instant::now()),
+            whole,
+            shown: None,
+            client: Client::new(config, Instant::now()),
             card: None,
+            sessions: 0,
             answers: mpsc::channel(16),
             unsent: VecDeque::new(),
             written: 0,
-            ready: false,
         }
     }
 
     async fn drive(mut self, wishes: &mut mpsc::Receiver<Wish>) -> Lost {
-        let mut presence = self.source.presence();
-        let lost = self.run(&mut presence, wishes).await;
+        let lost = self.run(wishes).await;
         self.power_off().await;
         lost
     }
 
-    async fn run(&mut self, presence: &mut PresenceWatch, wishes: &mut mpsc::Receiver<Wish>) -> Lost {
-        self.look_at_card(presence).await;
+    async fn run(&mut self, wishes: &mut mpsc::Receiver<Wish>) -> Lost {
         let mut input = zeroize::Zeroizing::new([0; 16 * 1024]);
         let mut leaving = false;
         loop {
-            if let Some(reason) = self.work_off() {
+            if let Some(reason) = self.work_off().await {
                 return self.close(reason, leaving).await;
             }
             let unsent: usize = self.unsent.iter().map(Secret::len).sum();
             if unsent > MOST_UNSENT {
                 tracing::warn!("connection closed: the host does not read our answers");
-                return Lost::Gone { was_ready: self.ready };
+                return Lost::Gone { was_ready: self.shown.is_some() };
             }
             let deadline = self.client.next_deadline();
             let due = pin!(async {
@@ -164,33 +178,39 @@ impl<S: CardSource> Connection<S> {
                     None => std::future::pending().await,
                 }
             });
+            let changed = async {
+                match &mut self.shown {
+                    Some(shown) => shown.presence.changed().await,
+                    None => std::future::pending().await,
+                }
+            };
             let (mut reader, mut writer) = tokio::io::split(&mut self.stream);
             let first = self.unsent.front().map(|bytes| &bytes.expose()[self.written..]);
             tokio::select! {
                 read = reader.read(&mut input[..]) => match read {
                     Ok(0) => {
                         tracing::warn!("the host closed the connection");
-                        return Lost::Gone { was_ready: self.ready };
+                        return Lost::Gone { was_ready: self.shown.is_some() };
                     }
                     Ok(count) => self.client.handle(Input::Received(&input[..count]), Instant::now()),
                     Err(error) => {
                         tracing::warn!("the connection broke: {error}");
-                        return Lost::Gone { was_ready: self.ready };
+                        return Lost::Gone { was_ready: self.shown.is_some() };
                     }
                 },
                 sent = writer.write(first.unwrap_or_default()), if first.is_some() => match sent {
                     Ok(count) => self.note_written(count),
                     Err(error) => {
                         tracing::warn!("the connection broke: {error}");
-                        return Lost::Gone { was_ready: self.ready };
+                        return Lost::Gone { was_ready: self.shown.is_some() };
                     }
                 },
-                Some((insertion, token, response)) = self.answers.1.recv() => {
-                    if self.card.as_ref().is_some_and(|card| card.insertion == insertion) {
+                Some((session, token, response)) = self.answers.1.recv() => {
+                    if self.card.as_ref().is_some_and(|card| card.session == session) {
                         self.client.handle(Input::Answer(token, response), Instant::now());
                     }
                 }
-                () = presence.changed() => self.look_at_card(presence).await,
+                () = changed => self.look_at_card().await,
                 Some(Wish::Leave) = wishes.recv(), if !leaving => {
                     leaving = true;
                     self.client.handle(Input::Leave, Instant::now());
@@ -201,7 +221,7 @@ impl<S: CardSource> Connection<S> {
     }
 
     /// Does what the client wants; a reason if it wants the connection closed.
-    fn work_off(&mut self) -> Option<CloseReason> {
+    async fn work_off(&mut self) -> Option<CloseReason> {
         while let Some(output) = self.client.poll_output() {
             match output {
                 Output::Send(bytes) => self.unsent.push_back(bytes),
@@ -212,10 +232,24 @@ impl<S: CardSource> Connection<S> {
                         self.client.handle(Input::Answer(token, None), Instant::now());
                     }
                 }
-                Output::Notice(notice) => {
-                    self.ready |= notice == Notice::Ready;
-                    log(&notice);
+                Output::Ready(extension) => {
+                    let how = if extension.is_some() { ", which powers the card itself" } else { "" };
+                    tracing::info!("connected to the host{how}");
+                    let source: Arc<dyn CardSource> = match extension {
+                        Some(_) => self.whole.clone(),
+                        None => Arc::new(T0::new(self.whole.clone())),
+                    };
+                    let presence = source.presence();
+                    let host_powers = extension.is_some();
+                    self.shown = Some(Shown { source, presence, host_powers, insertion: None });
+                    self.look_at_card().await;
                 }
+                Output::PowerOn(token) => {
+                    let atr = self.power_on().await;
+                    self.client.handle(Input::Powered(token, atr), Instant::now());
+                }
+                Output::PowerOff => self.power_off().await,
+                Output::Notice(notice) => log(&notice),
                 Output::Close(reason) => return Some(reason),
             }
         }
@@ -247,32 +281,46 @@ impl<S: CardSource> Connection<S> {
             Ok(Err(error)) => tracing::debug!("closing: {error}"),
             Err(_) => tracing::debug!("closing: the host does not read"),
         }
-        if leaving { Lost::Left } else { Lost::Gone { was_ready: self.ready } }
+        if leaving { Lost::Left } else { Lost::Gone { was_ready: self.shown.is_some() } }
     }
 
-    /// Powers what is in the slot now, so that the client shows that card and no other.
-    async fn look_at_card(&mut self, presence: &mut PresenceWatch) {
-        let now = presence.get();
-        let known = self.card.as_ref().map(|card| card.insertion);
-        if now.insertion() == known && known.is_some() {
+    /// Shows what is in the slot now; without a host that powers the card itself, powered.
+    async fn look_at_card(&mut self) {
+        let Some(shown) = &mut self.shown else { return };
+        let now = shown.presence.get();
+        if now.insertion() == shown.insertion && shown.insertion.is_some() {
             return;
         }
+        shown.insertion = now.insertion();
+        let host_powers = shown.host_powers;
         self.power_off().await;
-        let Presence::Present { insertion, atr, .. } = now else {
-            return self.client.handle(Input::Removed, Instant::now());
+        let input = match now {
+            Presence::Present { atr, .. } if host_powers => Input::Inserted(atr),
+            Presence::Present { .. } => self.power_on().await.map_or(Input::Removed, Input::Inserted),
+            Presence::Absent => Input::Removed,
         };
-        match self.source.power_on(insertion).await {
+        self.client.handle(input, Instant::now());
+    }
+
+    /// A new session with the card that is shown.
+    async fn power_on(&mut self) -> Option<Atr> {
+        self.power_off().await;
+        let shown = self.shown.as_ref()?;
+        match shown.source.power_on(shown.insertion?).await {
             Ok(card) => {
+                let atr = card.atr().clone();
                 let (commands, queue) = mpsc::unbounded_channel();
-                let task = tokio::spawn(serve(card, insertion, queue, self.answers.0.clone()));
-                self.card = Some(Powered { insertion, commands, task });
-                self.client.handle(Input::Inserted(atr), Instant::now());
+                self.sessions += 1;
+                let session = self.sessions;
+                let task = tokio::spawn(serve(card, session, queue, self.answers.0.clone()));
+                self.card = Some(Powered { session, commands, task });
+                Some(atr)
             }
             // The next look at the presence shows what became of it.
-            Err(CardError::Removed) => self.client.handle(Input::Removed, Instant::now()),
+            Err(CardError::Removed) => None,
             Err(error) => {
                 tracing::error!("the card cannot be powered: {error}");
-                self.client.handle(Input::Removed, Instant::now());
+                None
             }
         }
     }
@@ -289,7 +337,7 @@ impl<S: CardSource> Connection<S> {
 /// Gives commands to a card, one after the other. At most the client's bound of them can wait.
 async fn serve(
     mut card: Box<dyn Card>,
-    insertion: u64,
+    session: u64,
     mut commands: mpsc::UnboundedReceiver<(Token, Command)>,
     answers: mpsc::Sender<CardAnswer>,
 ) {
@@ -301,7 +349,7 @@ async fn serve(
                 None
             }
         };
-        if answers.send((insertion, token, response)).await.is_err() {
+        if answers.send((session, token, response)).await.is_err() {
             return;
         }
     }
@@ -309,7 +357,7 @@ async fn serve(
 
 fn log(notice: &Notice) {
     match notice {
-        Notice::Ready | Notice::Inserted | Notice::Removed | Notice::Waiting | Notice::Resynchronising => {
+        Notice::Inserted | Notice::Removed | Notice::Waiting | Notice::Resynchronising => {
             tracing::info!("{notice}");
         }
         _ => tracing::warn!("{notice}"),

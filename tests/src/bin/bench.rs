@@ -289,7 +289,11 @@ fn report(roads: &[Road; 3], signed: [f64; 2]) -> Result<()> {
         let judged = match bound {
             Some(bound) if ratio <= bound => format!("   at most {bound}: kept"),
             Some(bound) => format!("   at most {bound}: NOT KEPT"),
-            None => String::new(),
+            None => {
+                // What it costs whatever the rest of the road does.
+                let more = of(road, |turn| turn.median) - of(unix, |turn| turn.median);
+                format!("   {:+.1} ms for each APDU", more / 1e3)
+            }
         };
         let name = format!("{}/{}", road.name, unix.name);
         println!("{name:<12}{ratio:>6.2}   (round by round {least:.2} to {most:.2}){judged}");
