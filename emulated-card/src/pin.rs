@@ -220,20 +220,20 @@ impl ReferenceData {
         Ok(self.left(&contents))
     }
 
-    /// Gives all tries back, for every process on this reference data.
+    /// Gives all tries back, for every process on this reference data. Tells whether there was any state: a PIN
+    /// that was never tried has none.
     ///
     /// # Errors
     /// State that is damaged (nothing is repaired), missing for a card with a PIN of its own, or not writable.
-    pub fn reset_tries(&self) -> Result<(), StateError> {
+    pub fn reset_tries(&self) -> Result<bool, StateError> {
         match &self.kind {
-            Kind::Any { .. } => {}
-            Kind::Memory(contents) => lock(contents).left = None,
+            Kind::Any { .. } => Ok(false),
+            Kind::Memory(contents) => Ok(lock(contents).left.take().is_some()),
             Kind::Database(record) | Kind::Card { record, .. } => {
                 record.read_existing()?;
-                reset(record)?;
+                reset(record)
             }
         }
-        Ok(())
     }
 
     /// Another opener may grant more; what it left counts here only up to what is granted here.

@@ -1,5 +1,6 @@
 //! NSS databases with certificates, made by NSS's own tools.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -30,17 +31,15 @@ impl Database {
 
     /// Generating keys takes seconds, so each kind is made once and copied; the keys are the same in all copies.
     fn like(password: &'static str) -> Result<Self> {
-        static MADE: Mutex<Vec<(&str, TempDir)>> = Mutex::new(Vec::new());
+        static MADE: Mutex<Vec<(&str, Files)>> = Mutex::new(Vec::new());
         let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
         if !made.iter().any(|(kind, _)| *kind == password) {
             made.push((password, make(password)?));
         }
         let directory = tempfile::tempdir()?;
-        for (_, template) in made.iter().filter(|(kind, _)| *kind == password) {
-            for entry in std::fs::read_dir(template.path())? {
-                let entry = entry?;
-                std::fs::copy(entry.path(), directory.path().join(entry.file_name()))?;
-            }
+        for (name, content) in made.iter().filter(|(kind, _)| *kind == password).flat_map(|(_, files)| files)
+        {
+            std::fs::write(directory.path().join(name), content)?;
         }
         Ok(Self { directory })
     }
@@ -97,7 +96,10 @@ impl Database {
     }
 }
 
-fn make(password: &str) -> Result<TempDir> {
+/// Names and contents.
+type Files = Vec<(OsString, Vec<u8>)>;
+
+fn make(password: &str) -> Result<Files> {
     let directory = tempfile::tempdir()?;
     let path = directory.path();
     let (spec, secret, noise) =
@@ -118,7 +120,8 @@ fn make(password: &str) -> Result<TempDir> {
         let subject = format!("CN=Jane Doe {name}");
         signed(&["-n", name, "-s", &subject, "-c", "test-ca", "-t", ",,", "-m", serial])?;
     }
-    Ok(directory)
+    let files = ["cert9.db", "key4.db", "pkcs11.txt"];
+    files.into_iter().map(|name| Ok((name.into(), std::fs::read(path.join(name))?))).collect()
 }
 
 /// What a program prints; its complaints if it fails.

@@ -78,7 +78,8 @@ impl Peer {
         let read = async {
             let mut header = [0; 12];
             self.stream.read_exact(&mut header).await?;
-            let word = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+            let word =
+                |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
             let mut payload = vec![0; word(8) as usize];
             ensure!(payload.len() <= 65_524, "a message that would deafen QEMU: {} bytes", payload.len());
             self.stream.read_exact(&mut payload).await?;
@@ -127,9 +128,7 @@ impl Peer {
     /// Whether the client ends the connection, whatever it still sends.
     pub async fn ended(&mut self) -> Result<()> {
         let mut rest = vec![0; 65_536];
-        let end = async {
-            while self.stream.read(&mut rest).await.is_ok_and(|count| count > 0) {}
-        };
+        let end = async { while self.stream.read(&mut rest).await.is_ok_and(|count| count > 0) {} };
         within(None, LIMIT, "the client to end the connection", end).await
     }
 }

@@ -270,6 +270,8 @@ pub struct Client {
     extension: Option<Extension>,
     /// The card that is to be shown; changes are worked off one after the other.
     wanted: Option<Atr>,
+    /// A card of this connection has been shown and not yet taken away.
+    shown: bool,
     /// Whether `wanted` is another insertion than the one being shown.
     swapped: bool,
     pending: VecDeque<Pending>,
@@ -298,6 +300,7 @@ impl Client {
             reader: ReaderId::FIRST,
             wanted: None,
             extension: None,
+            shown: false,
             swapped: false,
             pending: VecDeque::new(),
             next_token: 0,
@@ -451,10 +454,13 @@ impl Client {
             MessageType::CARD_REMOVE => {
                 self.slot = Slot::Empty;
                 self.slot_at = Some(now + REMOVE_TO_INSERT);
-                self.notice(Notice::Removed);
+                if std::mem::take(&mut self.shown) {
+                    self.notice(Notice::Removed);
+                }
             }
             MessageType::ATR if code.is_success() => {
                 self.slot = Slot::Present;
+                self.shown = true;
                 self.notice(Notice::Inserted);
             }
             MessageType::ATR => {

@@ -37,7 +37,7 @@ pub enum Input<'a> {
     /// Power the card up afresh. Without the extension nothing reaches the client, and the card keeps what it
     /// had.
     PowerOn(Token),
-    /// End the card's session, if the client can be told.
+    /// End the card's session: nothing asked before gets an outcome. The client is told if it can be.
     PowerOff,
 }
 
@@ -118,6 +118,9 @@ pub enum CloseReason {
     /// Too many commands without an answer.
     #[error("the client has left {MOST_LATE} commands without an answer")]
     Silent,
+    /// Another client is served; this one was told so.
+    #[error("refused: another client is connected")]
+    Occupied,
     /// The client keeps sending what no client sends.
     #[error("the client has sent more than {MOST_NONSENSE} messages that make no sense")]
     TooMuchNonsense,
@@ -151,10 +154,16 @@ pub struct Host {
     /// What the client announced.
     extension: Option<Extension>,
     nonsense: u32,
+    refusing: bool,
     closed: bool,
 }
 
 impl Host {
+    /// A host that takes no reader: for a client that comes while another is served.
+    pub fn refusing() -> Self {
+        Self { refusing: true, ..Self::new(Duration::ZERO) }
+    }
+
     /// A host on a stream that was just opened; a command fails after `deadline` without an answer.
     pub fn new(deadline: Duration) -> Self {
         Self {
@@ -165,6 +174,7 @@ impl Host {
             card: None,
             extension: None,
             nonsense: 0,
+            refusing: false,
             closed: false,
         }
     }
@@ -199,14 +209,15 @@ impl Host {
                 (Some(atr), None) => self.output.push_back(Output::Powered(token, atr.clone())),
                 _ => self.ask(Some(token), Kind::PowerOn, Body::PowerOn(Bytes::new()), now),
             },
-            Input::PowerOff if self.card.is_some() && self.extension.is_some() => {
-                // Whoever waited has given up; the client fails what it has.
+            Input::PowerOff => {
+                // Whoever waited has given up; what still comes is taken off the stream.
                 for pending in &mut self.pending {
                     pending.token = None;
                 }
-                self.ask(None, Kind::PowerOff, Body::PowerOff, now);
+                if self.card.is_some() && self.extension.is_some() {
+                    self.ask(None, Kind::PowerOff, Body::PowerOff, now);
+                }
             }
-            Input::PowerOff => {}
         }
     }
 
@@ -257,6 +268,10 @@ impl Host {
             Body::Init(init) => {
                 self.extension = init.extension();
                 self.send(ReaderId::UNDEFINED, Body::Init(Init::ours(Some(Extension::FULL))));
+            }
+            Body::ReaderAdd(_) | Body::Atr(_) if self.refusing => {
+                self.send(ReaderId::UNDEFINED, Body::Error(ErrorCode::CANNOT_ADD_READER));
+                self.close(CloseReason::Occupied);
             }
             // Whatever id it asks for, the reader is the first and only one.
             Body::ReaderAdd(name) => {

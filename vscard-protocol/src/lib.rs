@@ -11,6 +11,8 @@ pub mod client;
 pub mod codec;
 pub mod host;
 pub mod message;
+#[cfg(all(unix, feature = "io", feature = "source"))]
+pub mod passthru;
 mod secret;
 #[cfg(feature = "source")]
 mod t0;

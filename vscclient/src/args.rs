@@ -9,14 +9,15 @@ use vscard_protocol::chardev::{Endpoint, Plaintext};
 use crate::legacy;
 
 const LONG_ABOUT: &str = "\
-Puts a smartcard into a virtual machine: up to ten certificates of an NSS database appear as a CAC in the guest of
-any VMM that has a VSCard host, such as QEMU's ccid-card-passthru.";
+Puts a smartcard into a virtual machine: up to ten certificates of an NSS database appear as a CAC in the guest \
+of any VMM that has a VSCard host, such as QEMU's ccid-card-passthru.";
 
 const AFTER_HELP: &str = "\
 Examples:
-  # QEMU: -usb -device usb-ccid -chardev socket,id=card,path=/run/vm1.sock,server=on,wait=off
+  # QEMU: -usb -device usb-ccid,bus=usb-bus.0
+  #       -chardev socket,id=card,path=/run/vm1.sock,server=on,wait=off
   #       -device ccid-card-passthru,chardev=card
-  vscclient --db sql:$HOME/certs --cert id --cert sign --cert encrypt unix:/run/vm1.sock
+  vscclient --db sql:$HOME/certs --cert id --cert sign unix:/run/vm1.sock
 
   # QEMU connects: -chardev socket,id=card,path=/run/card.sock,reconnect=1
   vscclient --db sql:$HOME/certs --cert id unix-listen:/run/card.sock
@@ -28,12 +29,13 @@ Examples:
   vscclient unlock --db sql:$HOME/certs
 
   # As documentation of the old vscclient has it
-  vscclient -e 'db=\"sql:/certs\" use_hw=no soft=(,Virtual Reader,CAC,,id,sign,encrypt)' localhost 2001
+  vscclient -e 'db=\"sql:/certs\" use_hw=no soft=(,Reader,CAC,,id,sign)' localhost 2001
 
 Commands on a terminal: insert, remove, select, list, debug, help, exit.
 
 Exit status:
   0  ended by the user (SIGINT, SIGTERM or exit); the guest has seen the card go
+  1  ended by a second signal, without waiting for the guest
   2  the command line is wrong
   3  the card cannot be made: database, certificate, PIN or state
   4  the connection failed or was lost, with --no-reconnect

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use emulated_card::card::{CardBuildError, EmulatedCard};
 use emulated_card::keys::nss::{NssDatabase, OpenError};
-use emulated_card::keys::{KeyStore, UnlockError};
+use emulated_card::keys::{KeyKind, KeyStore, UnlockError};
 use emulated_card::pin::{self, CardPinError, DEFAULT_TRIES, InitialPin, ReferenceData, SecretFileError};
 use emulated_card::shell::CardSlot;
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
@@ -23,8 +23,8 @@ pub(crate) enum SetupError {
     State(#[from] StateError),
     #[error(transparent)]
     Card(#[from] CardBuildError),
-    #[error("--pin-file, --password-file: {0}")]
-    SecretFile(#[from] SecretFileError),
+    #[error("{option}: {source}")]
+    SecretFile { option: &'static str, source: SecretFileError },
     #[error("--pin-file {}: {source}", file.display())]
     Pin { file: PathBuf, source: CardPinError },
     #[error(
@@ -44,6 +44,12 @@ pub(crate) enum SetupError {
     PasswordUnused,
     #[error("--password-file {}: {source} (database {})", file.display(), database.display())]
     WrongPassword { file: PathBuf, database: PathBuf, source: UnlockError },
+    #[error(
+        "no PIN of {} has been tried, so none is blocked; if a card has a PIN of its own, name all its \
+         certificates with --cert, and its --card-name",
+        .0.display()
+    )]
+    NothingToUnlock(PathBuf),
     #[error("the database {}: {source}", database.display())]
     NoDatabase { database: PathBuf, source: std::io::Error },
     #[error("the system gives no thread for the card: {0}")]
@@ -64,7 +70,14 @@ pub(crate) fn set_up(spec: &CardSpec, serve: &Serve) -> Result<Setup, SetupError
     let claim = directory.claim(&database, &id)?;
     let reference = reference_data(serve, &store, &database, &directory, &claim)?;
     for certificate in store.certificates() {
-        tracing::debug!("certificate {:?}, {:?}", certificate.name, certificate.kind);
+        let KeyKind::Rsa { bits } = certificate.kind;
+        tracing::debug!("certificate {:?}, RSA, {bits} bits", certificate.name);
+    }
+    // Known now rather than when the user wonders why no PIN is right.
+    match reference.tries_left() {
+        Ok(0) => tracing::warn!("the PIN is blocked; `vscclient unlock` gives it its tries back"),
+        Ok(_) => {}
+        Err(error) => tracing::warn!("every PIN will be refused: {error}"),
     }
     let random = Box::new(|bytes: &mut [u8]| {
         if let Err(error) = getrandom::fill(bytes) {
@@ -92,7 +105,7 @@ fn reference_data(
         }
         None => Ok(Secret::default()),
         Some(file) => {
-            let password = pin::read_secret_file(file)?;
+            let password = read_secret("--password-file", file)?;
             // Better said now than by a card that fails every VERIFY.
             store.unlock(&password).map_err(|source| SetupError::WrongPassword {
                 file: file.clone(),
@@ -110,7 +123,7 @@ fn reference_data(
     if serve.pin_file.is_some() || ReferenceData::card_has_pin(directory, claim)? {
         let initial = match &serve.pin_file {
             Some(file) => {
-                let pin = pin::read_secret_file(file)?;
+                let pin = read_secret("--pin-file", file)?;
                 pin::check_card_pin(&pin).map_err(|source| SetupError::Pin { file: file.clone(), source })?;
                 Some(pin)
             }
@@ -133,6 +146,10 @@ fn reference_data(
     Ok(ReferenceData::of_database(directory, database, DEFAULT_TRIES)?)
 }
 
+fn read_secret(option: &'static str, file: &Path) -> Result<Secret, SetupError> {
+    pin::read_secret_file(file).map_err(|source| SetupError::SecretFile { option, source })
+}
+
 /// Gives the PIN its tries back; returns what was done.
 pub(crate) fn unlock(spec: &CardSpec) -> Result<String, SetupError> {
     let directory = StateDirectory::of_user()?;
@@ -146,6 +163,8 @@ pub(crate) fn unlock(spec: &CardSpec) -> Result<String, SetupError> {
             return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
         }
     }
-    ReferenceData::of_database(&directory, &database, DEFAULT_TRIES)?.reset_tries()?;
+    if !ReferenceData::of_database(&directory, &database, DEFAULT_TRIES)?.reset_tries()? {
+        return Err(SetupError::NothingToUnlock(database));
+    }
     Ok(format!("the PIN of {} has {DEFAULT_TRIES} tries again", database.display()))
 }

@@ -9,8 +9,8 @@ mod log;
 mod session;
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
@@ -26,6 +26,7 @@ use crate::console::Console;
 use crate::log::Level;
 use crate::session::{End, Wish};
 
+const KILLED: i32 = 1;
 const USAGE: u8 = 2;
 const NO_CARD: u8 = 3;
 const DISCONNECTED: u8 = 4;
@@ -103,19 +104,21 @@ async fn run(channel: Channel, setup: card::Setup, spec: &CardSpec, serve: &Serv
     session::run(source, channel, config, !serve.no_reconnect, &mut wanted).await
 }
 
-/// The first signal leaves in order, the second at once.
+/// The first signal leaves in order, another one more than a second later at once.
 fn watch_signals(wishes: &mpsc::Sender<Wish>) {
-    let leaving = Arc::new(AtomicBool::new(false));
+    let leaving = Arc::new(OnceLock::new());
     for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
         match signal(kind) {
             Ok(mut signal) => {
                 let (wishes, leaving) = (wishes.clone(), leaving.clone());
                 tokio::spawn(async move {
                     while signal.recv().await.is_some() {
-                        if leaving.swap(true, Ordering::Relaxed) {
-                            std::process::exit(1);
+                        let since = *leaving.get_or_init(Instant::now);
+                        // The same signal often comes twice: to the process and to its group.
+                        if since.elapsed() > Duration::from_secs(1) {
+                            std::process::exit(KILLED);
                         }
-                        let _ = wishes.send(Wish::Leave).await;
+                        let _ = wishes.try_send(Wish::Leave);
                     }
                 });
             }

@@ -55,8 +55,11 @@ async fn two_clients_on_one_database_in_two_guests() -> Result<()> {
     let select = "00A4040007A0000000790100";
     says(one.guest.ok(&format!("{} {}", "guest-pcsc transmit", select)).await?, "61")?;
     let hex: String = sign.iter().map(|byte| format!("{byte:02X}")).collect();
-    let last: String =
-        [&[0x00, 0x42, 0x00, 0x00, 0x10][..], &[0x01; 0x10]].concat().iter().map(|b| format!("{b:02X}")).collect();
+    let last: String = [&[0x00, 0x42, 0x00, 0x00, 0x10][..], &[0x01; 0x10]]
+        .concat()
+        .iter()
+        .map(|b| format!("{b:02X}"))
+        .collect();
     says(one.guest.ok(&format!("guest-pcsc transmit {select} {hex} {last}")).await?, "6100")?;
     says(guest.ok(&format!("guest-pcsc transmit {select} {hex} {last}")).await?, "6982")?;
     // One counter for both.

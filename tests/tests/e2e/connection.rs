@@ -52,7 +52,9 @@ async fn sigkill_with_an_apdu_in_flight() -> Result<()> {
         let waiting = guest.run_within(&command, Duration::from_secs(40));
         let kill = async {
             // Seen by pcscd, so on its way to the client.
-            guest.ok("while ! tail -1 /tmp/pcscd.log | grep -q IFDHTransmitToICC; do usleep 20000; done").await?;
+            guest
+                .ok("while ! tail -1 /tmp/pcscd.log | grep -q IFDHTransmitToICC; do usleep 20000; done")
+                .await?;
             process.signal(Signal::KILL)?;
             process.ended().await?;
             client(&stack.database, stack.state.path(), &stack.link, &[])
@@ -134,7 +136,8 @@ async fn cut_messages_are_overcome() -> Result<()> {
         let (gone, ended) = tokio::join!(gone, stack.client.terminate());
         gone?;
         ensure!(ended?.success());
-        let mut raw = within(Some(&stack.guest), Duration::from_secs(5), "QEMU", stack.link.connect()).await??;
+        let mut raw =
+            within(Some(&stack.guest), Duration::from_secs(5), "QEMU", stack.link.connect()).await??;
         raw.write_all(&whole[..cut]).await?;
         raw.shutdown().await?;
         drop(raw);

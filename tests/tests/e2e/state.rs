@@ -158,17 +158,16 @@ async fn what_is_wrong_at_the_start_is_named() -> Result<()> {
     ];
     for (args, code, part) in cases {
         let args = args.iter().chain(&["unix:/nowhere"]);
-        let mut client =
-            Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(state.path()))])?;
+        let mut client = Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(state.path()))])?;
         let line = client.line(part).await?;
         let ended = client.ended().await?;
         ensure!(ended.code() == Some(*code), "{ended}: {line}");
     }
-    let mut outside =
-        Process::start("vscclient", ["--db", &locked, "-c", "id-cert", "tcp:192.0.2.1:9"], &[(
-            "XDG_STATE_HOME",
-            OsStr::new(state.path()),
-        )])?;
+    let mut outside = Process::start(
+        "vscclient",
+        ["--db", &locked, "-c", "id-cert", "tcp:192.0.2.1:9"],
+        &[("XDG_STATE_HOME", OsStr::new(state.path()))],
+    )?;
     outside.line("--allow-plaintext").await?;
     ensure!(outside.ended().await?.code() == Some(5));
     Ok(())

@@ -1,0 +1,389 @@
+//! A remote card: the [host's end](crate::host) of a VSCard connection as a [`CardSource`].
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::time::Duration;
+//! use vscard_protocol::chardev::{Channel, Plaintext};
+//! use vscard_protocol::passthru::PassthruCard;
+//!
+//! let channel = Channel::open("unix-listen:/run/vm1-card.sock".parse()?, Plaintext::LoopbackOnly).await?;
+//! let (card, serve) = PassthruCard::new(channel, Duration::from_secs(20));
+//! tokio::spawn(serve);
+//! // `card` is a CardSource: present while a client is connected and shows a card.
+//! # Ok(())
+//! # }
+//! ```
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot, watch};
+use zeroize::Zeroizing;
+
+use crate::card::PresenceWatch;
+use crate::chardev::{Channel, ChannelError, Stream};
+use crate::host::{Failure, Host, Input, Output, Token};
+use crate::message::Extension;
+use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Response, Secret, StatusWord};
+
+/// First and longest wait before connecting again, for endpoints that connect.
+const DELAYS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
+/// For a second client to hear that it is one.
+const REFUSAL_WAIT: Duration = Duration::from_secs(5);
+/// Bytes that may wait for a client that does not read.
+const MOST_UNSENT: usize = 256 * 1024;
+
+/// A card that a remote client owns. Present while a client is connected and shows one.
+pub struct PassthruCard {
+    presence: watch::Receiver<Presence>,
+    asks: mpsc::UnboundedSender<Ask>,
+    session: Arc<Mutex<Option<u64>>>,
+    sessions: AtomicU64,
+}
+
+enum Ask {
+    PowerOn { insertion: u64, reply: oneshot::Sender<Result<Atr, CardError>> },
+    Transmit { insertion: u64, command: Command, reply: oneshot::Sender<Result<Response, CardError>> },
+    PowerOff,
+}
+
+impl PassthruCard {
+    /// A card at the other end of `channel`, and the future that serves the connection; it ends only when the
+    /// channel turns out to be of no use.
+    ///
+    /// A command fails as [`CardError::Mute`] after `deadline` without an answer.
+    pub fn new(
+        channel: Channel,
+        deadline: Duration,
+    ) -> (Self, impl Future<Output = Result<(), ChannelError>> + Send) {
+        let (asks, asked) = mpsc::unbounded_channel();
+        let (shown, presence) = watch::channel(Presence::Absent);
+        let server = Server { shown, insertions: 0, deadline, asked };
+        let card = Self { presence, asks, session: Arc::default(), sessions: AtomicU64::new(0) };
+        (card, server.run(channel))
+    }
+}
+
+#[async_trait]
+impl CardSource for PassthruCard {
+    fn presence(&self) -> PresenceWatch {
+        self.presence.clone().into()
+    }
+
+    async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        let id = self.sessions.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut session = lock(&self.session);
+            if session.is_some() {
+                return Err(CardError::Busy);
+            }
+            *session = Some(id);
+        }
+        // From here on dropping it ends the session, whatever happens.
+        let mut card =
+            RemoteCard { insertion, atr: None, asks: self.asks.clone(), session: self.session.clone() };
+        let (reply, answer) = oneshot::channel();
+        let _ = self.asks.send(Ask::PowerOn { insertion, reply });
+        card.atr = Some(answer.await.unwrap_or(Err(CardError::Removed))?);
+        Ok(Box::new(card))
+    }
+}
+
+struct RemoteCard {
+    insertion: u64,
+    /// Known once it is powered.
+    atr: Option<Atr>,
+    asks: mpsc::UnboundedSender<Ask>,
+    session: Arc<Mutex<Option<u64>>>,
+}
+
+impl Drop for RemoteCard {
+    fn drop(&mut self) {
+        // In this order: whoever finds the session free asks after this.
+        let mut session = lock(&self.session);
+        let _ = self.asks.send(Ask::PowerOff);
+        *session = None;
+    }
+}
+
+#[async_trait]
+impl Card for RemoteCard {
+    fn atr(&self) -> &Atr {
+        match &self.atr {
+            Some(atr) => atr,
+            None => unreachable!("a card is handed out once it is powered"),
+        }
+    }
+
+    async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.asks.send(Ask::Transmit { insertion: self.insertion, command: command.clone(), reply });
+        answer.await.unwrap_or(Err(CardError::Removed))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Serves one client after the other.
+struct Server {
+    shown: watch::Sender<Presence>,
+    insertions: u64,
+    deadline: Duration,
+    asked: mpsc::UnboundedReceiver<Ask>,
+}
+
+enum Waiting {
+    Power(oneshot::Sender<Result<Atr, CardError>>),
+    Apdu(oneshot::Sender<Result<Response, CardError>>),
+}
+
+impl Waiting {
+    fn fail(self, error: CardError) {
+        match self {
+            Self::Power(reply) => drop(reply.send(Err(error))),
+            Self::Apdu(reply) => drop(reply.send(Err(error))),
+        }
+    }
+}
+
+impl Server {
+    async fn run(mut self, mut channel: Channel) -> Result<(), ChannelError> {
+        let listening = channel.endpoint().is_listening();
+        let mut delay = DELAYS.0;
+        loop {
+            let stream = tokio::select! {
+                stream = channel.stream() => stream,
+                ask = self.asked.recv() => match ask {
+                    Some(ask) => {
+                        refuse(ask);
+                        continue;
+                    }
+                    None => return Ok(()),
+                },
+            };
+            match stream {
+                Ok(stream) => {
+                    delay = DELAYS.0;
+                    tracing::info!("{}: client connected", channel.endpoint());
+                    let why = self.serve(stream, listening.then_some(&mut channel)).await;
+                    tracing::info!("{}: client gone: {why}", channel.endpoint());
+                    self.shown.send_replace(Presence::Absent);
+                }
+                Err(error) if !error.is_transient() => return Err(error),
+                Err(error) => tracing::debug!("{error}"),
+            }
+            if !listening {
+                tokio::time::sleep(delay).await;
+                delay = (delay * 2).min(DELAYS.1);
+            }
+        }
+    }
+
+    /// Until the client is gone; says why.
+    async fn serve(&mut self, stream: Stream, mut others: Option<&mut Channel>) -> String {
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let mut host = Host::new(self.deadline);
+        let mut input = Zeroizing::new(vec![0; 64 * 1024]);
+        let mut unsent: VecDeque<Secret> = VecDeque::new();
+        let mut written = 0;
+        let mut waiting: Option<(Token, Waiting)> = None;
+        let mut queue: VecDeque<Ask> = VecDeque::new();
+        let mut tokens = 0;
+        loop {
+            // One request at a time; the next when that one has its outcome.
+            while waiting.is_none()
+                && let Some(ask) = queue.pop_front()
+            {
+                tokens += 1;
+                let token = Token(tokens);
+                let current = self.shown.borrow().insertion();
+                match ask {
+                    Ask::PowerOn { insertion, reply } if Some(insertion) == current => {
+                        waiting = Some((token, Waiting::Power(reply)));
+                        host.handle(Input::PowerOn(token), Instant::now());
+                    }
+                    Ask::Transmit { insertion, command, reply } if Some(insertion) == current => {
+                        waiting = Some((token, Waiting::Apdu(reply)));
+                        host.handle(Input::Transmit(token, command), Instant::now());
+                    }
+                    ask => refuse(ask),
+                }
+                if let Some(why) = self.work_off(&mut host, &mut unsent, &mut waiting) {
+                    return flush(&mut writer, unsent, written, why).await;
+                }
+            }
+            let bytes: usize = unsent.iter().map(Secret::len).sum();
+            if bytes > MOST_UNSENT {
+                return "it does not read".into();
+            }
+            let deadline = host.next_deadline();
+            let due = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let another = async {
+                match &mut others {
+                    Some(channel) => channel.stream().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let first = unsent.front().map(|bytes| &bytes.expose()[written..]);
+            tokio::select! {
+                read = reader.read(&mut input[..]) => match read {
+                    Ok(0) => return "it closed the connection".into(),
+                    Ok(count) => host.handle(Input::Received(&input[..count]), Instant::now()),
+                    Err(error) => return error.to_string(),
+                },
+                sent = writer.write(first.unwrap_or_default()), if first.is_some() => match sent {
+                    Ok(count) => {
+                        written += count;
+                        if unsent.front().is_some_and(|bytes| written >= bytes.len()) {
+                            unsent.pop_front();
+                            written = 0;
+                        }
+                    }
+                    Err(error) => return error.to_string(),
+                },
+                ask = self.asked.recv() => match ask {
+                    // A barrier: what was asked before is over, and what follows is another session's.
+                    Some(Ask::PowerOff) => {
+                        queue.drain(..).for_each(refuse);
+                        if let Some((_, waiting)) = waiting.take() {
+                            waiting.fail(CardError::Removed);
+                        }
+                        host.handle(Input::PowerOff, Instant::now());
+                    }
+                    Some(ask) => queue.push_back(ask),
+                    None => return "the card is no longer wanted".into(),
+                },
+                another = another => match another {
+                    Ok(stream) => {
+                        tracing::warn!("second client refused: another one is connected");
+                        tokio::spawn(tokio::time::timeout(REFUSAL_WAIT, turn_away(stream)));
+                    }
+                    Err(error) => tracing::debug!("{error}"),
+                },
+                () = due => host.handle_deadline(Instant::now()),
+            }
+            if let Some(why) = self.work_off(&mut host, &mut unsent, &mut waiting) {
+                return flush(&mut writer, unsent, written, why).await;
+            }
+        }
+    }
+
+    /// Does what the host's end wants; says why if it wants the connection closed.
+    fn work_off(
+        &mut self,
+        host: &mut Host,
+        unsent: &mut VecDeque<Secret>,
+        waiting: &mut Option<(Token, Waiting)>,
+    ) -> Option<String> {
+        while let Some(output) = host.poll_output() {
+            match output {
+                Output::Send(bytes) => unsent.push_back(bytes),
+                Output::ReaderAdded(name) => {
+                    tracing::debug!("reader {:?}", String::from_utf8_lossy(&name));
+                }
+                Output::Inserted(atr, extension) => {
+                    self.insertions += 1;
+                    if extension.is_none() {
+                        tracing::warn!(
+                            "card inserted by a client that cannot be told of power-off and reset: \
+                             a verified PIN survives a reboot of the guest"
+                        );
+                    } else {
+                        tracing::info!("card inserted");
+                    }
+                    let limits = extension.map_or(Limits::SHORT, limits);
+                    self.shown.send_replace(Presence::Present { insertion: self.insertions, atr, limits });
+                }
+                Output::Removed => {
+                    tracing::info!("card removed");
+                    self.shown.send_replace(Presence::Absent);
+                }
+                Output::Answer(token, response) => {
+                    if let Some((_, Waiting::Apdu(reply))) = waiting.take_if(|(of, _)| *of == token) {
+                        let _ = reply.send(Ok(response));
+                    }
+                }
+                Output::Powered(token, atr) => {
+                    if let Some((_, Waiting::Power(reply))) = waiting.take_if(|(of, _)| *of == token) {
+                        let _ = reply.send(Ok(atr));
+                    }
+                }
+                Output::Failed(token, failure) => match waiting.take_if(|(of, _)| *of == token) {
+                    Some((_, Waiting::Apdu(reply))) if failure == Failure::TooLong => {
+                        let _ = reply.send(Ok(StatusWord::WRONG_LENGTH.into()));
+                    }
+                    Some((_, waiting)) => waiting.fail(match failure {
+                        Failure::Removed => CardError::Removed,
+                        Failure::Mute => CardError::Mute,
+                        Failure::Busy => CardError::Busy,
+                        other => CardError::Failed(other.to_string()),
+                    }),
+                    None => {}
+                },
+                Output::Notice(notice) => tracing::warn!("{notice}"),
+                Output::Close(reason) => return Some(reason.to_string()),
+            }
+        }
+        None
+    }
+}
+
+fn limits(client: Extension) -> Limits {
+    let most = |length: u32| length.min(Extension::FULL.command) as usize;
+    Limits { command: most(client.command), response: most(client.response) }
+}
+
+/// Nobody is there to ask.
+fn refuse(ask: Ask) {
+    match ask {
+        Ask::PowerOn { reply, .. } => drop(reply.send(Err(CardError::Removed))),
+        Ask::Transmit { reply, .. } => drop(reply.send(Err(CardError::Removed))),
+        Ask::PowerOff => {}
+    }
+}
+
+async fn flush(
+    writer: &mut (impl AsyncWriteExt + Unpin),
+    unsent: VecDeque<Secret>,
+    mut written: usize,
+    why: String,
+) -> String {
+    let rest = async {
+        for bytes in unsent {
+            writer.write_all(&bytes.expose()[std::mem::take(&mut written)..]).await?;
+        }
+        writer.shutdown().await
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
+    why
+}
+
+/// Plays the host until the client wants a reader, says no, and closes.
+async fn turn_away(mut stream: Stream) {
+    let mut host = Host::refusing();
+    let mut input = [0; 1024];
+    while let Ok(count @ 1..) = stream.read(&mut input).await {
+        host.handle(Input::Received(&input[..count]), Instant::now());
+        while let Some(output) = host.poll_output() {
+            match output {
+                Output::Send(bytes) if stream.write_all(bytes.expose()).await.is_ok() => {}
+                Output::Send(_) | Output::Close(_) => {
+                    let _ = stream.shutdown().await;
+                    return;
+                }
+                _ => {}
+            }
+        }
+    }
+}
