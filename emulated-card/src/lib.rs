@@ -3,6 +3,8 @@
 
 mod applet;
 pub mod card;
+#[cfg(all(unix, feature = "nss"))]
+pub mod certificates;
 pub mod keys;
 pub mod pin;
 pub mod shell;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use emulated_card::certificates::CertificateCard;
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
 use crate::legacy;
@@ -84,13 +85,13 @@ pub(crate) struct Serve {
     card: Card,
     /// File with a PIN of 4 to 8 characters that the card gets for its own; used once, kept as a hash
     #[arg(long, value_name = "FILE")]
-    pub(crate) pin_file: Option<PathBuf>,
+    pin_file: Option<PathBuf>,
     /// File with the database's password, for a card with a PIN of its own or none
     #[arg(long, value_name = "FILE")]
-    pub(crate) password_file: Option<PathBuf>,
+    password_file: Option<PathBuf>,
     /// Take any PIN for right: everyone in the guest can use the keys
     #[arg(long, conflicts_with = "pin_file")]
-    pub(crate) no_pin: bool,
+    no_pin: bool,
     /// Forget a verified PIN after this many idle seconds
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400 * 365))]
     forget_pin: Option<u64>,
@@ -115,11 +116,9 @@ pub(crate) struct Serve {
 }
 
 /// Which card is meant, defaults filled in.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct CardSpec {
-    pub(crate) db: String,
-    pub(crate) certificates: Vec<String>,
-    pub(crate) card_name: String,
+    pub(crate) card: CertificateCard,
     /// What the guest's host calls the reader.
     pub(crate) reader: String,
 }
@@ -128,10 +127,14 @@ impl Card {
     pub(crate) fn spec(self) -> CardSpec {
         let card_name = self.card_name.unwrap_or_default();
         CardSpec {
-            db: self.db.unwrap_or_else(|| "/etc/pki/nssdb".into()),
-            certificates: self.certificates,
             reader: if card_name.is_empty() { "Virtual Reader".into() } else { card_name.clone() },
-            card_name,
+            card: CertificateCard {
+                db: self.db.unwrap_or_else(|| "/etc/pki/nssdb".into()),
+                certificates: self.certificates,
+                card_name,
+                prefix: "--",
+                ..CertificateCard::default()
+            },
         }
     }
 }
@@ -145,12 +148,16 @@ impl Serve {
             card_name: self.card.card_name.take(),
         };
         let mut spec = taken.spec();
+        spec.card.pin_file = self.pin_file.take();
+        spec.card.password_file = self.password_file.take();
+        spec.card.no_pin = self.no_pin;
+        spec.card.forget_pin = self.forget_pin.map(Duration::from_secs);
         if let Some(text) = &self.legacy {
             let options = legacy::parse(text).map_err(|error| error.to_string())?;
             if let Some(db) = options.db {
-                spec.db = db;
+                spec.card.db = db;
             }
-            let readers = options.soft.len() + usize::from(!spec.certificates.is_empty());
+            let readers = options.soft.len() + usize::from(!spec.card.certificates.is_empty());
             if readers > 1 {
                 return Err(format!(
                     "-e: {readers} readers are asked for, and a VSCard host such as QEMU has one; \
@@ -158,10 +165,10 @@ impl Serve {
                 ));
             }
             for soft in options.soft {
-                spec.certificates = soft.certificates;
+                spec.card.certificates = soft.certificates;
                 spec.reader = soft.reader;
             }
-            if spec.certificates.is_empty() {
+            if spec.card.certificates.is_empty() {
                 return Err(if options.hardware {
                     "-e: hardware tokens are not served; name certificates with soft=(...) or -c".into()
                 } else {
@@ -169,7 +176,7 @@ impl Serve {
                 });
             }
         }
-        if spec.certificates.is_empty() {
+        if spec.card.certificates.is_empty() {
             return Err("no certificate is named; add --cert NAME, once for each of 1 to 10".into());
         }
         Ok(spec)
@@ -187,10 +194,6 @@ impl Serve {
 
     pub(crate) fn plaintext(&self) -> Plaintext {
         if self.allow_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly }
-    }
-
-    pub(crate) fn forget_pin(&self) -> Option<Duration> {
-        self.forget_pin.map(Duration::from_secs)
     }
 
     /// As the old vscclient: what is no number means 1.
@@ -221,11 +224,12 @@ mod tests {
             serve(&["-e", "db=\"sql:/d\" use_hw=no soft=(,Virtual Reader,CAC,,a,b)", "localhost", "2001"]);
         let mut mixed = serve(&["-e", "db=\"sql:/d\" use_hw=no", "-c", "a", "-c", "b", "localhost", "2001"]);
         assert_eq!(new.endpoint(), old.endpoint());
-        let card = new.card().unwrap();
-        assert_eq!(card, old.card().unwrap());
-        assert_eq!(card, mixed.card().unwrap());
-        assert_eq!((card.db.as_str(), card.reader.as_str()), ("sql:/d", "Virtual Reader"));
-        assert_eq!(serve(&["-c", "a", "host", "1"]).card().unwrap().db, "/etc/pki/nssdb");
+        for form in [&mut new, &mut old, &mut mixed] {
+            let CardSpec { card, reader } = form.card().unwrap();
+            assert_eq!((card.db.as_str(), reader.as_str()), ("sql:/d", "Virtual Reader"));
+            assert_eq!(card.certificates, ["a", "b"]);
+        }
+        assert_eq!(serve(&["-c", "a", "host", "1"]).card().unwrap().card.db, "/etc/pki/nssdb");
         assert_eq!(serve(&["-d", "x", "-c", "a", "host", "1"]).debug_level(), 1);
     }
 
@@ -245,7 +249,7 @@ mod tests {
     fn unlock_needs_no_endpoint() {
         let cli = Cli::try_parse_from(["vscclient", "unlock", "--db", "/d"]).unwrap();
         let Some(Command::Unlock(unlock)) = cli.command else { panic!("no command") };
-        assert_eq!(unlock.card.spec().db, "/d");
+        assert_eq!(unlock.card.spec().card.db, "/d");
         assert!(Cli::try_parse_from(["vscclient", "--cert", "a"]).is_err());
     }
 }

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod card;
 mod console;
 mod legacy;
 mod log;
@@ -13,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use emulated_card::certificates::OpenCard;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     keep_memory_private();
     let cli = Cli::parse();
     match cli.command {
-        Some(Command::Unlock(unlock)) => match card::unlock(&unlock.card.spec()) {
+        Some(Command::Unlock(unlock)) => match unlock.card.spec().card.unlock() {
             Ok(done) => {
                 println!("{done}");
                 ExitCode::SUCCESS
@@ -68,8 +68,8 @@ fn serve(mut serve: Serve) -> ExitCode {
         Err(error) => return fail(USAGE, &error),
     };
     let level = Level::start(serve.debug_level());
-    let setup = match card::set_up(&spec, &serve) {
-        Ok(setup) => setup,
+    let card = match spec.card.open() {
+        Ok(card) => card,
         Err(error) => return fail(NO_CARD, &error.to_string()),
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -79,7 +79,7 @@ fn serve(mut serve: Serve) -> ExitCode {
     let end = runtime.block_on(async {
         let channel = Channel::open(endpoint, serve.plaintext()).await;
         match channel {
-            Ok(channel) => run(channel, setup, &spec, &serve, level).await,
+            Ok(channel) => run(channel, card, &spec, &serve, level).await,
             Err(error) => End::Unusable(error),
         }
     });
@@ -92,10 +92,10 @@ fn serve(mut serve: Serve) -> ExitCode {
     }
 }
 
-async fn run(channel: Channel, setup: card::Setup, spec: &CardSpec, serve: &Serve, level: Level) -> End {
+async fn run(channel: Channel, card: OpenCard, spec: &CardSpec, serve: &Serve, level: Level) -> End {
     let (wishes, mut wanted) = mpsc::channel(4);
     watch_signals(&wishes);
-    let slot = Arc::new(setup.slot);
+    let slot = card.slot.clone();
     slot.insert();
     Console { slot: slot.clone(), reader: spec.reader.clone(), level, wishes }.start();
     let source: Arc<dyn CardSource> =
