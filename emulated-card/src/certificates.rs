@@ -188,7 +188,7 @@ impl CertificateCard {
                 return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
             }
         }
-        if !ReferenceData::of_database(&directory, &database, DEFAULT_TRIES)?.reset_tries()? {
+        if !ReferenceData::of_database(&directory, &database, DEFAULT_TRIES).reset_tries()? {
             return Err(SetupError::NothingToUnlock(database));
         }
         Ok(format!("the PIN of {} has {DEFAULT_TRIES} tries again", database.display()))
@@ -254,7 +254,7 @@ impl CertificateCard {
         if self.password_file.is_some() {
             return Err(SetupError::PasswordUnused(prefix));
         }
-        Ok(ReferenceData::of_database(directory, database, DEFAULT_TRIES)?)
+        Ok(ReferenceData::of_database(directory, database, DEFAULT_TRIES))
     }
 
     fn read_secret(&self, option: &str, file: &Path) -> Result<Secret, SetupError> {

@@ -77,7 +77,7 @@ pub enum InitialPin {
 /// use emulated_card::state::StateDirectory;
 ///
 /// let directory = StateDirectory::of_user()?;
-/// let data = ReferenceData::of_database(&directory, "/home/alice/.pki/nssdb".as_ref(), DEFAULT_TRIES)?;
+/// let data = ReferenceData::of_database(&directory, "/home/alice/.pki/nssdb".as_ref(), DEFAULT_TRIES);
 /// let login = data.verify(&vscard_protocol::Secret::from(&b"123456"[..]), store)?;
 /// # Ok(())
 /// # }
@@ -100,11 +100,8 @@ impl ReferenceData {
     /// The PIN is the store's own password. One counter per database, shared by every card and process on it.
     ///
     /// `database` is the canonical path. A damaged state is no error here; it refuses each VERIFY.
-    ///
-    /// # Errors
-    /// None yet: the state is first touched by [`verify`](Self::verify).
-    pub fn of_database(directory: &StateDirectory, database: &Path, tries: u8) -> Result<Self, StateError> {
-        Ok(Self::new(Kind::Database(Record::of_database(directory, database)), tries))
+    pub fn of_database(directory: &StateDirectory, database: &Path, tries: u8) -> Self {
+        Self::new(Kind::Database(Record::of_database(directory, database)), tries)
     }
 
     /// The PIN is the card's own, a hash in the card's state, made from `initial` if there is none yet. The store
@@ -304,6 +301,14 @@ pub enum SecretFileError {
         /// Its permission bits.
         mode: u32,
     },
+    /// Another user, who could change it, owns it.
+    #[error("{} belongs to user id {owner}, not to you or root", path.display())]
+    OfAnother {
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+    },
     /// What is in it is not one secret.
     #[error("{} {what}", path.display())]
     Contents {
@@ -327,6 +332,10 @@ pub fn read_secret_file(path: &Path) -> Result<Secret, SecretFileError> {
     let metadata = file.metadata().map_err(io_error)?;
     if !metadata.is_file() {
         return Err(SecretFileError::NotRegular { path: path.to_owned() });
+    }
+    let owner = metadata.uid();
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(SecretFileError::OfAnother { path: path.to_owned(), owner });
     }
     if metadata.mode() & 0o077 != 0 {
         return Err(SecretFileError::OpenToOthers { path: path.to_owned(), mode: metadata.mode() & 0o777 });

@@ -89,7 +89,7 @@ fn new_card(settings: &str) -> EmulatedCard {
             ("bits", _) => bits = value.parse().unwrap(),
             ("state", "unusable") => {
                 let nowhere = StateDirectory::at("/dev/null/nowhere");
-                reference = ReferenceData::of_database(&nowhere, "/nowhere".as_ref(), 3).unwrap();
+                reference = ReferenceData::of_database(&nowhere, "/nowhere".as_ref(), 3);
             }
             ("unlock", "locked") => unlock_error = Some(UnlockError::Locked),
             ("unlock", "broken") => unlock_error = Some(UnlockError::NotChecked("broken".into())),

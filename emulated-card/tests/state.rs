@@ -81,7 +81,7 @@ fn a_database_has_one_counter_for_all_who_open_it() {
     assert_wrong(&one.verify(&WRONG.into(), &store), 0);
     assert!(matches!(other.verify(&RIGHT.into(), &store), Err(PinError::Blocked)));
 
-    let elsewhere = ReferenceData::of_database(&place.directory, "/elsewhere".as_ref(), 3).unwrap();
+    let elsewhere = ReferenceData::of_database(&place.directory, "/elsewhere".as_ref(), 3);
     assert_eq!(elsewhere.tries_left().unwrap(), 3);
 }
 
@@ -267,7 +267,7 @@ fn unlock_repairs_nothing() {
 fn files_are_private_and_can_be_read_by_their_owner() {
     let place = Place::new();
     let deep = StateDirectory::at(place.path().join("a/b/state"));
-    let data = ReferenceData::of_database(&deep, DATABASE.as_ref(), 3).unwrap();
+    let data = ReferenceData::of_database(&deep, DATABASE.as_ref(), 3);
     assert_wrong(&data.verify(&WRONG.into(), &Store::new()), 2);
     assert_eq!(fs::metadata(deep.path()).unwrap().mode() & 0o777, 0o700);
     for entry in fs::read_dir(deep.path()).unwrap() {
@@ -284,7 +284,7 @@ fn files_are_private_and_can_be_read_by_their_owner() {
 fn a_long_or_odd_database_path_is_shown_on_one_short_line() {
     let place = Place::new();
     let path = PathBuf::from(format!("/a\nb\u{7}/{}", "\u{10ffff}".repeat(2000)));
-    let data = ReferenceData::of_database(&place.directory, &path, 3).unwrap();
+    let data = ReferenceData::of_database(&place.directory, &path, 3);
     assert_wrong(&data.verify(&WRONG.into(), &Store::new()), 2);
     assert_eq!(data.tries_left().unwrap(), 2);
     assert!(fs::metadata(place.state_file()).unwrap().len() < 2048);
@@ -757,7 +757,7 @@ fn child() {
     let Some(what) = std::env::var_os(CHILD) else { return };
     let place = std::env::var_os(CHILD_DIRECTORY).unwrap();
     let directory = StateDirectory::at(&place);
-    let data = ReferenceData::of_database(&directory, DATABASE.as_ref(), 15).unwrap();
+    let data = ReferenceData::of_database(&directory, DATABASE.as_ref(), 15);
     let store = Store::new();
     let say = |line: &str| {
         let mut stdout = std::io::stdout().lock();
@@ -777,7 +777,7 @@ fn child() {
             }
         }
         "die" => {
-            let data = ReferenceData::of_database(&directory, DATABASE.as_ref(), 3).unwrap();
+            let data = ReferenceData::of_database(&directory, DATABASE.as_ref(), 3);
             let store = Store::with(|_| {
                 let this = rustix::process::getpid();
                 rustix::process::kill_process(this, rustix::process::Signal::KILL).unwrap();
@@ -873,7 +873,7 @@ impl Place {
     }
 
     fn data(&self, tries: u8) -> ReferenceData {
-        ReferenceData::of_database(&self.directory, DATABASE.as_ref(), tries).unwrap()
+        ReferenceData::of_database(&self.directory, DATABASE.as_ref(), tries)
     }
 
     fn claim(&self, name: &str) -> CardClaim {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
@@ -32,6 +32,15 @@ pub fn program(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} is not built; `cargo xtask test` builds it"))
 }
 
+async fn keep(stream: impl AsyncRead + Unpin, lines: Arc<Mutex<Vec<String>>>, counted: watch::Sender<usize>) {
+    let mut reader = BufReader::new(stream).lines();
+    while let Ok(Some(line)) = reader.next_line().await {
+        let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.push(line);
+        counted.send_replace(lines.len());
+    }
+}
+
 impl Process {
     /// Starts a program of the workspace. Its standard input is empty.
     pub fn start<A: AsRef<OsStr>>(
@@ -48,22 +57,16 @@ impl Process {
     pub fn spawn(mut command: Command) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
         let lines = Arc::new(Mutex::new(Vec::new()));
         let (counted, count) = watch::channel(0);
         let stderr = child.stderr.take().context("no standard error")?;
-        let kept = lines.clone();
-        tokio::spawn(async move {
-            let mut reader = BufReader::new(stderr).lines();
-            while let Ok(Some(line)) = reader.next_line().await {
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.push(line);
-                counted.send_replace(kept.len());
-            }
-        });
+        let stdout = child.stdout.take().context("no standard output")?;
+        tokio::spawn(keep(stderr, lines.clone(), counted.clone()));
+        tokio::spawn(keep(stdout, lines.clone(), counted));
         Ok(Self { child, lines, count })
     }
 

@@ -15,6 +15,8 @@ pub const MAX_RESPONSE: usize = 65_536 + 2;
 pub mod ins {
     /// VERIFY.
     pub const VERIFY: u8 = 0x20;
+    /// VERIFY, odd instruction (BER-TLV in the body).
+    pub const VERIFY_ODD: u8 = 0x21;
     /// MANAGE SECURITY ENVIRONMENT.
     pub const MANAGE_SECURITY_ENVIRONMENT: u8 = 0x22;
     /// CHANGE REFERENCE DATA.
@@ -63,7 +65,7 @@ pub mod ins {
     /// The name of an instruction as the standards write it, if it is one of the above.
     pub fn name(ins: u8) -> Option<&'static str> {
         Some(match ins {
-            VERIFY => "VERIFY",
+            VERIFY | VERIFY_ODD => "VERIFY",
             MANAGE_SECURITY_ENVIRONMENT => "MANAGE SECURITY ENVIRONMENT",
             CHANGE_REFERENCE_DATA => "CHANGE REFERENCE DATA",
             PERFORM_SECURITY_OPERATION => "PERFORM SECURITY OPERATION",
@@ -240,9 +242,7 @@ impl Command {
         if data.len() > 65_535 {
             return Err(CommandError::TooLong { field: "data", value: data.len() });
         }
-        if let Some(le) = le
-            && !(1..=65_536).contains(&le)
-        {
+        if let Some(le) = le.filter(|le| !(1..=65_536).contains(le)) {
             return Err(CommandError::TooLong { field: "Le", value: le as usize });
         }
         let extended = data.len() > 255 || le.is_some_and(|le| le > 256);
@@ -376,14 +376,10 @@ impl StatusWord {
     pub const SECURE_MESSAGING_NOT_SUPPORTED: Self = Self(0x6882);
     /// 6884: command chaining not supported.
     pub const CHAINING_NOT_SUPPORTED: Self = Self(0x6884);
-    /// 6900: command not allowed.
-    pub const NOT_ALLOWED: Self = Self(0x6900);
     /// 6982: security status not satisfied.
     pub const SECURITY_STATUS_NOT_SATISFIED: Self = Self(0x6982);
     /// 6983: authentication method blocked.
     pub const AUTHENTICATION_BLOCKED: Self = Self(0x6983);
-    /// 6984: reference data not usable.
-    pub const DATA_INVALID: Self = Self(0x6984);
     /// 6985: conditions of use not satisfied.
     pub const CONDITIONS_NOT_SATISFIED: Self = Self(0x6985);
     /// 6A80: incorrect parameters in the data field.

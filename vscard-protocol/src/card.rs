@@ -105,6 +105,7 @@ impl From<watch::Receiver<Presence>> for PresenceWatch {
 
 /// Why a card gave no response. An error status word is a response, not an error.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum CardError {
     /// The insertion asked for is over; another card may be in.
     #[error("the card was removed")]
@@ -112,7 +113,7 @@ pub enum CardError {
     /// Another session has the card powered.
     #[error("the card is in use by another session")]
     Busy,
-    /// No answer within the source's deadline.
+    /// No answer within the source's deadline, if it has one.
     #[error("the card did not answer in time")]
     Mute,
     /// The card could not be powered up with all volatile state (PIN, selection, pending answers) cleared.
@@ -153,7 +154,7 @@ pub trait Card: Send {
     /// next call waits for it. Needs no runtime of its own.
     ///
     /// # Errors
-    /// [`CardError::Mute`] after the source's deadline, [`CardError::Removed`] after removal.
+    /// [`CardError::Mute`] after the source's deadline, if it has one; [`CardError::Removed`] after removal.
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError>;
 }
 

@@ -121,6 +121,7 @@ pub enum Output {
 
 /// News about a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum Notice {
     /// No reply yet.
     #[error("no reply from the host yet: another client may be connected to it, or it is starting")]
@@ -156,6 +157,7 @@ pub enum Notice {
 
 /// Why a connection ends.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum CloseReason {
     /// By [`Input::Leave`], the guest having seen the card go.
     #[error("left")]
@@ -172,6 +174,9 @@ pub enum CloseReason {
     /// The host takes no reader.
     #[error("the host refused the reader: {0}")]
     ReaderRefused(ErrorCode),
+    /// The host has stopped answering.
+    #[error("the host answered once and then no more: the start of a message cannot be found")]
+    NoBoundary,
     /// No acknowledgement.
     #[error("the host did not acknowledge {0} within {n} s", n = ACK_WAIT.as_secs())]
     NoAck(MessageType),
@@ -242,8 +247,12 @@ enum Work {
     Given,
     /// Not for the card: the answer is known, but answers are told apart by their order.
     Known(StatusWord),
+    /// For a reader that does not exist.
+    Refused(ReaderId),
     /// The card is to be powered up when the turn comes.
     PowerOn,
+    /// FlushComplete is due when all before it is answered.
+    Flush,
 }
 
 /// One connection to a host, from the client's side.
@@ -276,7 +285,6 @@ pub struct Client {
     swapped: bool,
     pending: VecDeque<Pending>,
     next_token: u64,
-    flushes: u32,
     nonsense: u32,
     leaving: Option<Instant>,
     told_waiting: bool,
@@ -304,7 +312,6 @@ impl Client {
             swapped: false,
             pending: VecDeque::new(),
             next_token: 0,
-            flushes: 0,
             nonsense: 0,
             leaving: None,
             told_waiting: false,
@@ -350,9 +357,7 @@ impl Client {
         if due(self.leaving) {
             return self.close(CloseReason::LeftUnacknowledged);
         }
-        if let Some((kind, at)) = self.ack
-            && at <= now
-        {
+        if let Some((kind, _)) = self.ack.filter(|(_, at)| *at <= now) {
             return self.close(CloseReason::NoAck(kind));
         }
         if due(self.link_at) {
@@ -385,12 +390,8 @@ impl Client {
 
     fn message(&mut self, message: Message, now: Instant) {
         let Message { reader, body } = message;
-        if let Body::Init(init) = &body
-            && init.magic != MAGIC
-        {
-            return self.close(CloseReason::WrongMagic);
-        }
         match body {
+            Body::Init(init) if init.magic != MAGIC => self.close(CloseReason::WrongMagic),
             Body::Apdu(bytes) => self.apdu(reader, &bytes, now),
             // QEMU sends an Init of its own when it starts or connects, beside the reply to ours.
             Body::Init(init) if matches!(self.link, Link::Init | Link::Probing(Probe::Parked)) => {
@@ -410,7 +411,7 @@ impl Client {
                     self.probe_answered(now);
                 }
             }
-            Body::Flush => self.flushes = self.flushes.saturating_add(1),
+            Body::Flush => self.wait_for(Work::Flush, now),
             Body::PowerOn(_) if self.extension.is_some() => self.power_on(now),
             Body::PowerOff if self.extension.is_some() => {
                 self.fail_pending();
@@ -497,7 +498,11 @@ impl Client {
                 self.send_zeros(11);
                 self.probe(Probe::Eleven, now + ELEVEN_WAIT);
             }
-            Probe::Searching | Probe::Parked => self.probe(Probe::Quiet, now + QUIET),
+            Probe::Searching | Probe::Parked => {
+                // A host that was only busy with another client has an aligned stream: whole messages keep it so.
+                self.send_zeros((12 - self.zeros % 12) % 12);
+                self.probe(Probe::Quiet, now + QUIET);
+            }
             Probe::Quiet => {}
             Probe::Eleven => {
                 self.notice(Notice::Resynchronising);
@@ -538,6 +543,7 @@ impl Client {
                 self.send_zeros(1);
                 self.probe(Probe::Twelfth, now + PROBE_WAIT);
             }
+            Probe::Exact if self.zeros >= 2 * MOST_ZEROS => self.close(CloseReason::NoBoundary),
             Probe::Exact => {
                 self.send_zeros(1);
                 self.probe(probe, now + ZERO_PACE_EXACT);
@@ -586,11 +592,6 @@ impl Client {
             }
         }
         self.next_command();
-        if self.pending.is_empty() {
-            for _ in 0..std::mem::take(&mut self.flushes).min(MOST_NONSENSE) {
-                self.send(self.reader, Body::FlushComplete);
-            }
-        }
     }
 
     fn leave(&mut self, now: Instant) {
@@ -619,7 +620,7 @@ impl Client {
         }
         if reader != self.reader {
             self.notice(Notice::UnknownReader(reader));
-            self.send(reader, Body::Error(ErrorCode::GENERAL));
+            self.wait_for(Work::Refused(reader), now);
             return self.nonsense();
         }
         if self.slot != Slot::Present {
@@ -667,12 +668,17 @@ impl Client {
 
     /// Tells the host of every command that it will get no answer; returns how many there were.
     fn fail_pending(&mut self) -> usize {
-        let unanswered = self.pending.len();
-        self.pending.clear();
-        for _ in 0..unanswered {
-            self.send_error();
+        let pending = std::mem::take(&mut self.pending);
+        for pending in &pending {
+            match pending.work {
+                Work::Flush => self.send(self.reader, Body::FlushComplete),
+                Work::Refused(reader) => self.send(reader, Body::Error(ErrorCode::GENERAL)),
+                _ => self.send_error(),
+            }
         }
-        unanswered
+        // The card need not be powered any more, however often that was asked.
+        self.output.retain(|output| !matches!(output, Output::PowerOn(_)));
+        pending.len()
     }
 
     fn next_command(&mut self) {
@@ -685,6 +691,14 @@ impl Client {
                 Work::Known(status) => {
                     self.pending.pop_front();
                     self.send_response(&status.into());
+                }
+                Work::Refused(reader) => {
+                    self.pending.pop_front();
+                    self.send(reader, Body::Error(ErrorCode::GENERAL));
+                }
+                Work::Flush => {
+                    self.pending.pop_front();
+                    self.send(self.reader, Body::FlushComplete);
                 }
                 Work::PowerOn => return self.output.push_back(Output::PowerOn(front.token)),
             }

@@ -126,10 +126,7 @@ impl Decoder {
                 // The grammar of a frame cannot fail otherwise; one byte more is asked for if it ever did.
                 Err(_) => 1,
             };
-            if self.buffer.len() == HEADER
-                && let Ok((_, (kind, _, length))) = header(&self.buffer)
-                && length as usize > self.limit
-            {
+            if let Some((kind, length)) = self.length().filter(|(_, length)| *length as usize > self.limit) {
                 return Some(Err(DecodeError::TooLong { kind, length, limit: self.limit }));
             }
             let (now, later) = input.split_at(wanted.min(input.len()));
@@ -138,6 +135,14 @@ impl Decoder {
             }
             self.buffer.extend_from_slice(now);
             *input = later;
+        }
+    }
+
+    /// Type and length of the message whose header has just become complete.
+    fn length(&self) -> Option<(MessageType, u32)> {
+        match header(&self.buffer) {
+            Ok(([], (kind, _, length))) => Some((kind, length)),
+            _ => None,
         }
     }
 

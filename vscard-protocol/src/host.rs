@@ -68,6 +68,7 @@ pub enum Output {
 
 /// Why a command got no response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum Failure {
     /// No card is in, or it went while the command was out.
     #[error("the card was removed")]
@@ -91,6 +92,7 @@ pub enum Failure {
 
 /// News about a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum Notice {
     /// The client's ATR is none; the card is not taken.
     #[error("ATR refused: {0}")]
@@ -108,6 +110,7 @@ pub enum Notice {
 
 /// Why a connection ends.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum CloseReason {
     /// The stream cannot be followed.
     #[error("cannot follow the client: {0}")]
@@ -116,7 +119,7 @@ pub enum CloseReason {
     #[error("magic at offset 12 of the client's Init is not VSCD: not a VSCard client")]
     WrongMagic,
     /// Too many commands without an answer.
-    #[error("the client has left {MOST_LATE} commands without an answer")]
+    #[error("the client leaves commands without an answer")]
     Silent,
     /// Another client is served; this one was told so.
     #[error("refused: another client is connected")]
@@ -245,7 +248,7 @@ impl Host {
             Some(Failure::Removed)
         } else if self.pending.iter().any(|pending| pending.token.is_some()) {
             Some(Failure::Busy)
-        } else if self.pending.len() >= MOST_LATE {
+        } else if self.pending.len() >= MOST_LATE || self.lost_answer(now) {
             Some(Failure::Mute)
         } else {
             None
@@ -262,11 +265,21 @@ impl Host {
         }
     }
 
+    /// An answer is so late that it will not come any more: later ones would all be taken for it.
+    fn lost_answer(&self, now: Instant) -> bool {
+        self.pending
+            .front()
+            .is_some_and(|oldest| oldest.token.is_none() && oldest.deadline + self.deadline <= now)
+    }
+
     fn message(&mut self, Message { reader, body }: Message) {
         match body {
             Body::Init(init) if init.magic != MAGIC => self.close(CloseReason::WrongMagic),
             Body::Init(init) => {
-                self.extension = init.extension();
+                // What a card that is in was shown with holds for it.
+                if self.card.is_none() {
+                    self.extension = init.extension();
+                }
                 self.send(ReaderId::UNDEFINED, Body::Init(Init::ours(Some(Extension::FULL))));
             }
             Body::ReaderAdd(_) | Body::Atr(_) if self.refusing => {
@@ -321,6 +334,10 @@ impl Host {
                 self.answered(kind, |token| Output::Failed(token, Failure::Refused(code)));
             }
             Body::FlushComplete => {}
+            // How our own client looks for the start of a message.
+            Body::Unknown(MessageType(0), payload) if payload.is_empty() => {
+                self.send(reader, Body::Error(ErrorCode::GENERAL));
+            }
             Body::Flush | Body::PowerOn(_) | Body::PowerOff | Body::Unknown(..) => {
                 self.output.push_back(Output::Notice(Notice::Unexpected(body.message_type())));
                 self.send(reader, Body::Error(ErrorCode::GENERAL));
@@ -503,14 +520,14 @@ mod tests {
     fn a_silent_client_is_left() {
         let mut wire = Wire::new();
         wire.say(0, Body::Atr(atr()));
-        for token in 0..4 {
+        for token in 0..2 {
             wire.transmit(token, &[0, 0xA4, 4, 0]);
             wire.now += Duration::from_secs(20);
             wire.host.handle_deadline(wire.now);
         }
         wire.outputs();
         let last = wire.transmit(9, &[0, 0xA4, 4, 0]);
-        assert!(last.last().unwrap().starts_with("close: the client has left 4 commands"), "{last:?}");
+        assert!(last.last().unwrap().starts_with("close: the client leaves commands"), "{last:?}");
     }
 
     /// The two ends of this crate with each other, the client plain or with the extension.

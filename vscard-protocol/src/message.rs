@@ -102,8 +102,6 @@ impl ErrorCode {
     pub const GENERAL: Self = Self(1);
     /// The host cannot add another reader.
     pub const CANNOT_ADD_READER: Self = Self(2);
-    /// A card is in already.
-    pub const CARD_PRESENT: Self = Self(3);
 
     /// The code whichever byte order it was written in.
     pub fn code(self) -> u32 {

@@ -15,13 +15,14 @@
 //! ```
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
 use crate::card::PresenceWatch;
@@ -41,8 +42,7 @@ const MOST_UNSENT: usize = 256 * 1024;
 pub struct PassthruCard {
     presence: watch::Receiver<Presence>,
     asks: mpsc::UnboundedSender<Ask>,
-    session: Arc<Mutex<Option<u64>>>,
-    sessions: AtomicU64,
+    in_use: Arc<AtomicBool>,
 }
 
 enum Ask {
@@ -63,7 +63,7 @@ impl PassthruCard {
         let (asks, asked) = mpsc::unbounded_channel();
         let (shown, presence) = watch::channel(Presence::Absent);
         let server = Server { shown, insertions: 0, deadline, asked };
-        let card = Self { presence, asks, session: Arc::default(), sessions: AtomicU64::new(0) };
+        let card = Self { presence, asks, in_use: Arc::default() };
         (card, server.run(channel))
     }
 }
@@ -75,59 +75,52 @@ impl CardSource for PassthruCard {
     }
 
     async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
-        let id = self.sessions.fetch_add(1, Ordering::Relaxed);
-        {
-            let mut session = lock(&self.session);
-            if session.is_some() {
-                return Err(CardError::Busy);
-            }
-            *session = Some(id);
+        if self.in_use.swap(true, Ordering::AcqRel) {
+            return Err(CardError::Busy);
         }
-        // From here on dropping it ends the session, whatever happens.
-        let mut card =
-            RemoteCard { insertion, atr: None, asks: self.asks.clone(), session: self.session.clone() };
+        let session = Session { asks: self.asks.clone(), in_use: self.in_use.clone() };
         let (reply, answer) = oneshot::channel();
         let _ = self.asks.send(Ask::PowerOn { insertion, reply });
-        card.atr = Some(answer.await.unwrap_or(Err(CardError::Removed))?);
-        Ok(Box::new(card))
+        let atr = answer.await.unwrap_or(Err(CardError::Removed))?;
+        Ok(Box::new(RemoteCard { insertion, atr, session }))
     }
 }
 
 struct RemoteCard {
     insertion: u64,
-    /// Known once it is powered.
-    atr: Option<Atr>,
-    asks: mpsc::UnboundedSender<Ask>,
-    session: Arc<Mutex<Option<u64>>>,
+    atr: Atr,
+    session: Session,
 }
 
-impl Drop for RemoteCard {
+/// The one session that may be; dropping it is power-off.
+struct Session {
+    asks: mpsc::UnboundedSender<Ask>,
+    in_use: Arc<AtomicBool>,
+}
+
+impl Drop for Session {
     fn drop(&mut self) {
-        // In this order: whoever finds the session free asks after this.
-        let mut session = lock(&self.session);
+        // In this order: whoever finds the card free asks after this.
         let _ = self.asks.send(Ask::PowerOff);
-        *session = None;
+        self.in_use.store(false, Ordering::Release);
     }
 }
 
 #[async_trait]
 impl Card for RemoteCard {
     fn atr(&self) -> &Atr {
-        match &self.atr {
-            Some(atr) => atr,
-            None => unreachable!("a card is handed out once it is powered"),
-        }
+        &self.atr
     }
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.asks.send(Ask::Transmit { insertion: self.insertion, command: command.clone(), reply });
+        let _ = self.session.asks.send(Ask::Transmit {
+            insertion: self.insertion,
+            command: command.clone(),
+            reply,
+        });
         answer.await.unwrap_or(Err(CardError::Removed))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Serves one client after the other.
@@ -195,11 +188,11 @@ impl Server {
         let mut waiting: Option<(Token, Waiting)> = None;
         let mut queue: VecDeque<Ask> = VecDeque::new();
         let mut tokens = 0;
+        let mut refusal: Option<JoinHandle<_>> = None;
         loop {
             // One request at a time; the next when that one has its outcome.
-            while waiting.is_none()
-                && let Some(ask) = queue.pop_front()
-            {
+            while waiting.is_none() {
+                let Some(ask) = queue.pop_front() else { break };
                 tokens += 1;
                 let token = Token(tokens);
                 let current = self.shown.borrow().insertion();
@@ -267,7 +260,11 @@ impl Server {
                 another = another => match another {
                     Ok(stream) => {
                         tracing::warn!("second client refused: another one is connected");
-                        tokio::spawn(tokio::time::timeout(REFUSAL_WAIT, turn_away(stream)));
+                        // One at a time; whoever comes meanwhile finds a closed door.
+                        if refusal.as_ref().is_none_or(JoinHandle::is_finished) {
+                            let turned_away = tokio::time::timeout(REFUSAL_WAIT, turn_away(stream));
+                            refusal = Some(tokio::spawn(turned_away));
+                        }
                     }
                     Err(error) => tracing::debug!("{error}"),
                 },

@@ -35,7 +35,7 @@ Examples:
 Commands on a terminal: insert, remove, select, list, debug, help, exit.
 
 Exit status:
-  0  ended by the user (SIGINT, SIGTERM or exit); the guest has seen the card go
+  0  ended by the user (SIGINT, SIGTERM or exit), the card taken out of the guest if it was in
   1  ended by a second signal, without waiting for the guest
   2  the command line is wrong
   3  the card cannot be made: database, certificate, PIN or state
@@ -105,7 +105,7 @@ pub(crate) struct Serve {
     #[arg(long)]
     allow_plaintext: bool,
     /// Options string of the old vscclient
-    #[arg(short = 'e', value_name = "OPTIONS", conflicts_with_all = ["db", "card_name"])]
+    #[arg(short = 'e', value_name = "OPTIONS", conflicts_with = "db")]
     legacy: Option<String>,
     /// Verbosity: 0, 1 to 10 for details, above 10 for everything
     #[arg(short = 'd', value_name = "LEVEL", default_value = "0")]
@@ -164,12 +164,17 @@ impl Serve {
                      start one vscclient for each"
                 ));
             }
+            if options.hardware == Some(true) && !options.soft.is_empty() {
+                return Err(
+                    "-e: use_hw=yes asks for hardware tokens, which are not served; write use_hw=no".into()
+                );
+            }
             for soft in options.soft {
                 spec.card.certificates = soft.certificates;
                 spec.reader = soft.reader;
             }
             if spec.card.certificates.is_empty() {
-                return Err(if options.hardware {
+                return Err(if options.hardware != Some(false) {
                     "-e: hardware tokens are not served; name certificates with soft=(...) or -c".into()
                 } else {
                     "-e: no certificate is named; add soft=(...) or -c".into()

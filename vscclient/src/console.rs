@@ -30,7 +30,7 @@ pub(crate) struct Console {
 impl Console {
     /// Reads commands on a thread of its own, if standard input is a terminal; ends with its end.
     pub(crate) fn start(self) {
-        if !std::io::stdin().is_terminal() {
+        if !std::io::stdin().is_terminal() || !in_foreground() {
             return;
         }
         let spawned = std::thread::Builder::new().name("console".into()).spawn(move || self.run());
@@ -103,6 +103,11 @@ impl Console {
     fn is_in(&self) -> bool {
         matches!(self.slot.presence().get(), Presence::Present { .. })
     }
+}
+
+/// A job in the background that reads from its terminal is stopped by the kernel, and the guest with it.
+fn in_foreground() -> bool {
+    rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
 }
 
 #[derive(Debug, PartialEq, Eq)]

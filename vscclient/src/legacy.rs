@@ -10,8 +10,8 @@ use thiserror::Error;
 pub(crate) struct Options {
     /// The NSS database.
     pub(crate) db: Option<String>,
-    /// Hardware readers are asked for too.
-    pub(crate) hardware: bool,
+    /// Whether hardware readers are asked for; not saying so means yes.
+    pub(crate) hardware: Option<bool>,
     /// Readers with certificates.
     pub(crate) soft: Vec<Soft>,
 }
@@ -35,7 +35,7 @@ pub(crate) struct OptionsError {
 
 /// Parses an options string.
 pub(crate) fn parse(text: &str) -> Result<Options, OptionsError> {
-    let mut options = Options { hardware: true, ..Options::default() };
+    let mut options = Options::default();
     let mut rest = text;
     loop {
         rest = rest.trim_start_matches([' ', '\t', '\n', ',']);
@@ -68,7 +68,7 @@ pub(crate) fn parse(text: &str) -> Result<Options, OptionsError> {
             rest = after;
         } else if let Some(value) = rest.strip_prefix("use_hw=") {
             let (value, after) = word(value);
-            options.hardware = use_hardware(value).map_err(|text| problem(&text))?;
+            options.hardware = Some(use_hardware(value).map_err(|text| problem(&text))?);
             rest = after;
         } else if let Some(value) = rest.strip_prefix("hw_params=") {
             rest = word(value).1;
@@ -79,7 +79,7 @@ pub(crate) fn parse(text: &str) -> Result<Options, OptionsError> {
             }
             rest = after;
         } else if rest.starts_with("nssemul") {
-            options.hardware = true;
+            options.hardware = Some(true);
             rest = word(rest).1;
         } else if rest.starts_with("passthru") {
             return Err(problem("passthru (a card in a host reader) is not served"));
@@ -90,7 +90,7 @@ pub(crate) fn parse(text: &str) -> Result<Options, OptionsError> {
             )));
         }
     }
-    if options == (Options { hardware: true, ..Options::default() }) {
+    if options == Options::default() {
         return Err(OptionsError { offset: 0, problem: "the string asks for nothing".into() });
     }
     Ok(options)
@@ -142,7 +142,7 @@ mod tests {
             parse(r#"db="sql:/tmp/d b" use_hw=no soft=(,Virtual Reader,CAC,,id-cert,signing-cert,enc)"#)
                 .unwrap();
         assert_eq!(options.db.as_deref(), Some("sql:/tmp/d b"));
-        assert!(!options.hardware);
+        assert_eq!(options.hardware, Some(false));
         assert_eq!(
             options.soft,
             [Soft {
@@ -156,8 +156,8 @@ mod tests {
     fn separators_order_and_case() {
         let options = parse(" ,soft=(, R,cac,, a,b,),\n use_hw=Never,db= \"x\",").unwrap();
         assert_eq!(options.soft[0], Soft { reader: "R".into(), certificates: vec!["a".into(), "b".into()] });
-        assert!(!options.hardware);
-        assert!(parse("db=\"x\"").unwrap().hardware);
+        assert_eq!(options.hardware, Some(false));
+        assert_eq!(parse("db=\"x\"").unwrap().hardware, None);
     }
 
     #[test]

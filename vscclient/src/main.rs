@@ -104,10 +104,23 @@ async fn run(channel: Channel, card: OpenCard, spec: &CardSpec, serve: &Serve, l
     session::run(source, channel, config, !serve.no_reconnect, &mut wanted).await
 }
 
+/// Whether whoever started us had the signal ignored.
+fn is_ignored(kind: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (kind.as_raw_value() - 1) & 1 == 1
+}
+
 /// The first signal leaves in order, another one more than a second later at once.
 fn watch_signals(wishes: &mpsc::Sender<Wish>) {
     let leaving = Arc::new(OnceLock::new());
-    for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+    let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate()];
+    // Under nohup it stays ignored.
+    if !is_ignored(SignalKind::hangup()) {
+        kinds.push(SignalKind::hangup());
+    }
+    for kind in kinds {
         match signal(kind) {
             Ok(mut signal) => {
                 let (wishes, leaving) = (wishes.clone(), leaving.clone());

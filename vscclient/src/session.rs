@@ -10,9 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 use vscard_protocol::client::{Client, ClientConfig, CloseReason, Input, Notice, Output, Token};
-use vscard_protocol::{
-    Atr, Card, CardError, CardSource, Command, Presence, PresenceWatch, Response, Secret, T0,
-};
+use vscard_protocol::{Atr, CardError, CardSource, Command, Presence, PresenceWatch, Response, Secret, T0};
 
 /// First wait before connecting again; doubled each time.
 const FIRST_DELAY: Duration = Duration::from_millis(250);
@@ -20,6 +18,8 @@ const FIRST_DELAY: Duration = Duration::from_millis(250);
 const LAST_DELAY: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a host that does not read.
 const MOST_UNSENT: usize = 64 * 1024;
+/// Warnings about one connection.
+const MOST_WARNINGS: u32 = 64;
 /// For the last bytes to leave before the stream is closed.
 const FLUSH_WAIT: Duration = Duration::from_secs(1);
 
@@ -60,7 +60,8 @@ pub(crate) async fn run(
 ) -> End {
     let mut delay = FIRST_DELAY;
     let mut last_failure = String::new();
-    if channel.endpoint().is_listening() {
+    let listening = channel.endpoint().is_listening();
+    if listening {
         tracing::info!("listening on {}", channel.endpoint());
     }
     loop {
@@ -96,6 +97,10 @@ pub(crate) async fn run(
         if !reconnect {
             return End::Disconnected;
         }
+        // Whoever connects to us has a back-off of its own.
+        if listening {
+            continue;
+        }
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             Some(Wish::Leave) = wishes.recv() => return End::Left,
@@ -120,10 +125,11 @@ struct Connection {
     client: Client,
     card: Option<Powered>,
     sessions: u64,
-    answers: (mpsc::Sender<CardAnswer>, mpsc::Receiver<CardAnswer>),
+    events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
     unsent: VecDeque<Secret>,
     /// Bytes of the first of `unsent` that are written.
     written: usize,
+    warnings: u32,
 }
 
 struct Shown {
@@ -135,8 +141,15 @@ struct Shown {
     insertion: Option<u64>,
 }
 
-/// Session, token, response.
-type CardAnswer = (u64, Token, Option<Response>);
+/// Session, and what its task has to tell.
+type Event = (u64, Said);
+
+/// What a card's task has to tell.
+enum Said {
+    /// Powered for a host that asked for it, or to be shown.
+    Powered(Option<Token>, Option<Atr>),
+    Answer(Token, Option<Response>),
+}
 
 impl Connection {
     fn new(stream: Stream, whole: Arc<dyn CardSource>, config: ClientConfig) -> Self {
@@ -147,9 +160,10 @@ impl Connection {
             client: Client::new(config, Instant::now()),
             card: None,
             sessions: 0,
-            answers: mpsc::channel(16),
+            events: mpsc::channel(16),
             unsent: VecDeque::new(),
             written: 0,
+            warnings: 0,
         }
     }
 
@@ -169,7 +183,7 @@ impl Connection {
             let unsent: usize = self.unsent.iter().map(Secret::len).sum();
             if unsent > MOST_UNSENT {
                 tracing::warn!("connection closed: the host does not read our answers");
-                return Lost::Gone { was_ready: self.shown.is_some() };
+                return self.gone(leaving);
             }
             let deadline = self.client.next_deadline();
             let due = pin!(async {
@@ -190,26 +204,22 @@ impl Connection {
                 read = reader.read(&mut input[..]) => match read {
                     Ok(0) => {
                         tracing::warn!("the host closed the connection");
-                        return Lost::Gone { was_ready: self.shown.is_some() };
+                        return self.gone(leaving);
                     }
                     Ok(count) => self.client.handle(Input::Received(&input[..count]), Instant::now()),
                     Err(error) => {
                         tracing::warn!("the connection broke: {error}");
-                        return Lost::Gone { was_ready: self.shown.is_some() };
+                        return self.gone(leaving);
                     }
                 },
                 sent = writer.write(first.unwrap_or_default()), if first.is_some() => match sent {
                     Ok(count) => self.note_written(count),
                     Err(error) => {
                         tracing::warn!("the connection broke: {error}");
-                        return Lost::Gone { was_ready: self.shown.is_some() };
+                        return self.gone(leaving);
                     }
                 },
-                Some((session, token, response)) = self.answers.1.recv() => {
-                    if self.card.as_ref().is_some_and(|card| card.session == session) {
-                        self.client.handle(Input::Answer(token, response), Instant::now());
-                    }
-                }
+                Some((session, said)) = self.events.1.recv() => self.card_said(session, said),
                 () = changed => self.look_at_card().await,
                 Some(Wish::Leave) = wishes.recv(), if !leaving => {
                     leaving = true;
@@ -218,6 +228,11 @@ impl Connection {
                 () = due => self.client.handle_deadline(Instant::now()),
             }
         }
+    }
+
+    /// However the connection ends, a user who wanted to leave has left.
+    fn gone(&self, leaving: bool) -> Lost {
+        if leaving { Lost::Left } else { Lost::Gone { was_ready: self.shown.is_some() } }
     }
 
     /// Does what the client wants; a reason if it wants the connection closed.
@@ -245,11 +260,10 @@ impl Connection {
                     self.look_at_card().await;
                 }
                 Output::PowerOn(token) => {
-                    let atr = self.power_on().await;
-                    self.client.handle(Input::Powered(token, atr), Instant::now());
+                    self.power_on(Some(token)).await;
                 }
                 Output::PowerOff => self.power_off().await,
-                Output::Notice(notice) => log(&notice),
+                Output::Notice(notice) => self.log(&notice),
                 Output::Close(reason) => return Some(reason),
             }
         }
@@ -281,7 +295,7 @@ impl Connection {
             Ok(Err(error)) => tracing::debug!("closing: {error}"),
             Err(_) => tracing::debug!("closing: the host does not read"),
         }
-        if leaving { Lost::Left } else { Lost::Gone { was_ready: self.shown.is_some() } }
+        self.gone(leaving)
     }
 
     /// Shows what is in the slot now; without a host that powers the card itself, powered.
@@ -294,33 +308,67 @@ impl Connection {
         shown.insertion = now.insertion();
         let host_powers = shown.host_powers;
         self.power_off().await;
-        let input = match now {
-            Presence::Present { atr, .. } if host_powers => Input::Inserted(atr),
-            Presence::Present { .. } => self.power_on().await.map_or(Input::Removed, Input::Inserted),
-            Presence::Absent => Input::Removed,
+        match now {
+            Presence::Present { atr, .. } if host_powers => {
+                self.client.handle(Input::Inserted(atr), Instant::now());
+            }
+            Presence::Present { .. } => self.power_on(None).await,
+            Presence::Absent => self.client.handle(Input::Removed, Instant::now()),
+        }
+    }
+
+    /// Begins a new session with the card that is shown. A card may be slow in that, so it is not waited for.
+    async fn power_on(&mut self, asked: Option<Token>) {
+        self.power_off().await;
+        self.sessions += 1;
+        let session = self.sessions;
+        let Some((source, insertion)) =
+            self.shown.as_ref().and_then(|shown| Some((shown.source.clone(), shown.insertion?)))
+        else {
+            return self.powered(asked, None);
+        };
+        let (commands, queue) = mpsc::unbounded_channel();
+        let events = self.events.0.clone();
+        let task = tokio::spawn(serve(source, insertion, asked, queue, session, events));
+        self.card = Some(Powered { session, commands, task });
+    }
+
+    fn card_said(&mut self, session: u64, said: Said) {
+        if self.card.as_ref().is_none_or(|card| card.session != session) {
+            return;
+        }
+        match said {
+            Said::Powered(asked, atr) => self.powered(asked, atr),
+            Said::Answer(token, response) => {
+                self.client.handle(Input::Answer(token, response), Instant::now());
+            }
+        }
+    }
+
+    fn powered(&mut self, asked: Option<Token>, atr: Option<Atr>) {
+        let input = match (asked, atr) {
+            (Some(token), atr) => Input::Powered(token, atr),
+            (None, Some(atr)) => Input::Inserted(atr),
+            (None, None) => Input::Removed,
         };
         self.client.handle(input, Instant::now());
     }
 
-    /// A new session with the card that is shown.
-    async fn power_on(&mut self) -> Option<Atr> {
-        self.power_off().await;
-        let shown = self.shown.as_ref()?;
-        match shown.source.power_on(shown.insertion?).await {
-            Ok(card) => {
-                let atr = card.atr().clone();
-                let (commands, queue) = mpsc::unbounded_channel();
-                self.sessions += 1;
-                let session = self.sessions;
-                let task = tokio::spawn(serve(card, session, queue, self.answers.0.clone()));
-                self.card = Some(Powered { session, commands, task });
-                Some(atr)
+    /// A host, or a guest behind it, can make news as fast as it likes; the log is not to follow it.
+    fn log(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Inserted | Notice::Removed | Notice::Waiting | Notice::Resynchronising => {
+                tracing::info!("{notice}");
             }
-            // The next look at the presence shows what became of it.
-            Err(CardError::Removed) => None,
-            Err(error) => {
-                tracing::error!("the card cannot be powered: {error}");
-                None
+            _ => {
+                self.warnings += 1;
+                match self.warnings {
+                    ..MOST_WARNINGS => tracing::warn!("{notice}"),
+                    MOST_WARNINGS => {
+                        tracing::warn!("{notice}; further ones of this connection are not shown")
+                    }
+                    _ => {}
+                }
             }
         }
     }
@@ -334,13 +382,25 @@ impl Connection {
     }
 }
 
-/// Gives commands to a card, one after the other. At most the client's bound of them can wait.
+/// Powers a card and gives it commands, one after the other. At most the client's bound of them can wait.
 async fn serve(
-    mut card: Box<dyn Card>,
-    session: u64,
+    source: Arc<dyn CardSource>,
+    insertion: u64,
+    asked: Option<Token>,
     mut commands: mpsc::UnboundedReceiver<(Token, Command)>,
-    answers: mpsc::Sender<CardAnswer>,
+    session: u64,
+    events: mpsc::Sender<Event>,
 ) {
+    let card = source.power_on(insertion).await;
+    let atr = card.as_ref().ok().map(|card| card.atr().clone());
+    if let Err(error) = &card {
+        // After a removal the next look at the presence shows what became of it.
+        if *error != CardError::Removed {
+            tracing::error!("the card cannot be powered: {error}");
+        }
+    }
+    let told = events.send((session, Said::Powered(asked, atr))).await;
+    let (Ok(mut card), Ok(())) = (card, told) else { return };
     while let Some((token, command)) = commands.recv().await {
         let response = match card.transmit(&command).await {
             Ok(response) => Some(response),
@@ -349,17 +409,8 @@ async fn serve(
                 None
             }
         };
-        if answers.send((session, token, response)).await.is_err() {
+        if events.send((session, Said::Answer(token, response))).await.is_err() {
             return;
         }
-    }
-}
-
-fn log(notice: &Notice) {
-    match notice {
-        Notice::Inserted | Notice::Removed | Notice::Waiting | Notice::Resynchronising => {
-            tracing::info!("{notice}");
-        }
-        _ => tracing::warn!("{notice}"),
     }
 }

@@ -94,7 +94,7 @@ fn two_cards_in_one_process() -> Result<()> {
         let store = NssDatabase::open(&database.spec(), &names)?;
         let id = CardId::derive(store.certificates(), name);
         let claim = directory.claim(store.path(), &id)?;
-        let reference = ReferenceData::of_database(&directory, store.path(), DEFAULT_TRIES)?;
+        let reference = ReferenceData::of_database(&directory, store.path(), DEFAULT_TRIES);
         let random = Box::new(|bytes: &mut [u8]| bytes.fill(7));
         let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id.clone(), random)?;
         Ok((card, id, claim))

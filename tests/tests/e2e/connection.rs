@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
-use stack_tests::database::PIN;
+use stack_tests::database::{Database, PIN};
 use stack_tests::guest::{Boot, Guest, within};
-use stack_tests::host::{INIT, message};
+use stack_tests::host::{Host, INIT, message};
 use stack_tests::passthru::{Road, Stack, client};
+use stack_tests::process::Process;
 use tokio::io::AsyncWriteExt;
 
 const SELECT: &str = "00A4040007A0000000790100";
@@ -150,6 +151,28 @@ async fn cut_messages_are_overcome() -> Result<()> {
         ensure!(selected.to_lowercase().contains("610d"), "{selected}");
     }
     works(&stack).await
+}
+
+/// A host that goes while the client takes its leave does not bring the client back.
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_holds_when_the_host_goes_too() -> Result<()> {
+    for signal in [Signal::TERM, Signal::INT] {
+        let (host, state) = (Host::new()?, tempfile::tempdir()?);
+        let database = Database::with_password()?;
+        let (spec, endpoint) = (database.spec(), host.endpoint());
+        let mut client = Process::start(
+            "vscclient",
+            ["--db", &spec, "-c", "id-cert", &endpoint],
+            &[("XDG_STATE_HOME", state.path().as_os_str())],
+        )?;
+        let mut peer = host.card().await?;
+        client.signal(signal)?;
+        let (kind, ..) = peer.receive().await?;
+        ensure!(kind == 6, "CardRemove");
+        drop(peer);
+        ensure!(client.ended().await?.code() == Some(0), "{}", client.log());
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,9 +27,21 @@ impl Victim {
         Ok(Self { host, client, _database: database, _state: state })
     }
 
+    /// Asks for the PIN in ways that a trace might overlook.
+    async fn is_discreet(&mut self, peer: &mut stack_tests::host::Peer) -> Result<()> {
+        let verify = verify(PIN);
+        let odd = [&[0x00, 0x21], &verify[2..]].concat();
+        let envelope = [&[0x00, 0xC2, 0x00, 0x00, verify.len() as u8][..], &verify].concat();
+        for command in [&odd, &envelope, &verify[..11].to_vec()] {
+            peer.transmit(command).await?;
+        }
+        Ok(())
+    }
+
     /// It lives, is small and idle, comes back and serves; its log does not tell the PIN.
     async fn is_well(&mut self) -> Result<()> {
         let mut peer = self.host.card().await?;
+        self.is_discreet(&mut peer).await?;
         let ticks = self.client.cpu_ticks()?;
         ensure!(peer.transmit(&verify(PIN)).await? == [0x90, 0x00], "VERIFY");
         for _ in 0..100 {
@@ -67,6 +79,29 @@ async fn random_bytes() -> Result<()> {
         let _ = peer.send(&noise(4096, seed)).await;
         peer.ended().await?;
         victim.client.line_after(mark, "connection closed: ").await?;
+    }
+    victim.is_well().await
+}
+
+/// Messages of every type and any reader, well formed or not, before a card is in and after.
+#[tokio::test(flavor = "multi_thread")]
+async fn random_messages() -> Result<()> {
+    let mut victim = Victim::start()?;
+    for seed in 0..u64::from(stack_tests::scale(6, 60)) {
+        let mut peer = if seed % 2 == 0 { victim.host.accept().await? } else { victim.host.card().await? };
+        let bytes = noise(8192, seed + 100);
+        for piece in bytes.chunks(64) {
+            let kind = match piece[0] % 13 {
+                11 => 0x8000_0001,
+                12 => 0x8000_0002,
+                kind => kind.into(),
+            };
+            let payload = &piece[3..3 + usize::from(piece[2] % 61)];
+            if peer.send(&message(kind, u32::from(piece[1] % 3), payload)).await.is_err() {
+                break;
+            }
+        }
+        drop(peer);
     }
     victim.is_well().await
 }

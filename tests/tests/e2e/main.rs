@@ -3,6 +3,7 @@
 mod card;
 mod cards;
 mod connection;
+mod console;
 mod guest;
 mod hostile;
 mod state;

@@ -33,6 +33,7 @@ pub enum Plaintext {
 
 /// Why a stream could not be had.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ChannelError {
     /// The host name has no address.
     #[error("{endpoint}: cannot resolve the host name: {source}")]
@@ -194,9 +195,7 @@ impl Channel {
 }
 
 async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    if let Ok(found) = std::fs::symlink_metadata(path)
-        && found.file_type().is_socket()
-    {
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
         match UnixStream::connect(path).await {
             Ok(_) => return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,

@@ -11,8 +11,8 @@ const SHOWN: usize = 32;
 /// Turns exchanges into lines and keeps secrets out of them.
 ///
 /// It works on raw bytes, whatever the class byte and however malformed the rest, and fails closed:
-/// the bodies of VERIFY, CHANGE REFERENCE DATA, PERFORM SECURITY OPERATION and RESET RETRY COUNTER are masked
-/// from the length byte on, as are the answers to private-key operations, the parts that GET RESPONSE fetches
+/// the bodies of VERIFY, CHANGE REFERENCE DATA, PERFORM SECURITY OPERATION, RESET RETRY COUNTER and ENVELOPE are
+/// masked from the length byte on, as are the answers to private-key operations, the parts that GET RESPONSE fetches
 /// included.
 #[derive(Debug, Default)]
 pub struct Redactor {
@@ -48,10 +48,14 @@ impl Redactor {
 
     fn note(&mut self, command: &[u8]) {
         match command.get(1) {
-            Some(&ins::GET_RESPONSE) => {}
-            Some(&ins::SIGN_DECRYPT | &ins::GENERAL_AUTHENTICATE | &ins::PERFORM_SECURITY_OPERATION) => {
-                self.answer_is_secret = true
-            }
+            // A cut command tells nothing about what comes next.
+            None | Some(&ins::GET_RESPONSE) => {}
+            Some(
+                &ins::SIGN_DECRYPT
+                | &ins::GENERAL_AUTHENTICATE
+                | &ins::PERFORM_SECURITY_OPERATION
+                | &ins::ENVELOPE,
+            ) => self.answer_is_secret = true,
             _ => self.answer_is_secret = false,
         }
     }
@@ -60,7 +64,13 @@ impl Redactor {
 fn body_is_secret(ins: u8) -> bool {
     matches!(
         ins,
-        ins::VERIFY | ins::CHANGE_REFERENCE_DATA | ins::PERFORM_SECURITY_OPERATION | ins::RESET_RETRY_COUNTER
+        ins::VERIFY
+            | ins::VERIFY_ODD
+            | ins::CHANGE_REFERENCE_DATA
+            | ins::PERFORM_SECURITY_OPERATION
+            | ins::RESET_RETRY_COUNTER
+            // What it wraps may be any of them.
+            | ins::ENVELOPE
     )
 }
 
@@ -83,9 +93,7 @@ fn describe(bytes: &[u8]) -> String {
             let data = command.data();
             if !data.is_empty() {
                 let _ = write!(line, " Lc {}: {}", data.len(), hex(data));
-                if *ins == ins::SELECT
-                    && let Some(name) = aid::name(data)
-                {
+                if let Some(name) = aid::name(data).filter(|_| *ins == ins::SELECT) {
                     let _ = write!(line, " ({name})");
                 }
             }
@@ -171,7 +179,7 @@ mod tests {
         #[test]
         fn no_pin_is_ever_shown(
             cla in any::<u8>(),
-            ins in proptest::sample::select(&[0x20u8, 0x24, 0x2A, 0x2C][..]),
+            ins in proptest::sample::select(&[0x20u8, 0x21, 0x24, 0x2A, 0x2C, 0xC2][..]),
             parameters in any::<[u8; 2]>(),
             length in any::<u8>(),
         ) {

@@ -119,8 +119,7 @@ impl fmt::Display for NssError {
         if *self == Self::NO_SUCH_OBJECT {
             return write!(f, "SSL_ERROR_NO_CERTIFICATE, no such object ({})", self.0);
         }
-        // SAFETY: takes any number; the tables are registered by the context, without which there is no
-        // error.
+        // SAFETY: takes any number and only looks it up in tables; one that no table has gives null.
         let name = unsafe { PR_ErrorToName(self.0) };
         if name.is_null() {
             return write!(f, "NSS error {}", self.0);
@@ -354,9 +353,6 @@ pub(super) struct PrivateKey {
 
 // SAFETY: a SECKEYPrivateKey is a handle that belongs to no thread.
 unsafe impl Send for PrivateKey {}
-// SAFETY: NSS opens a session of its own for each private operation, and this type changes nothing in the
-// handle.
-unsafe impl Sync for PrivateKey {}
 
 impl PrivateKey {
     /// The key whose CKA_ID is `id`; `None` if there is none, or none visible before login.
