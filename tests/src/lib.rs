@@ -11,6 +11,7 @@ pub mod host;
 pub mod naive;
 pub mod passthru;
 pub mod process;
+pub mod reader;
 
 /// How often a scenario repeats: `small` in `cargo xtask test`, `large` in `cargo xtask soak`.
 pub fn scale(small: u32, large: u32) -> u32 {

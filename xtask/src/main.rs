@@ -31,7 +31,8 @@ examples:
 ";
 
 /// What the stack tests start: the programs of these packages.
-const PROGRAMS: [&str; 6] = ["build", "--locked", "-p", "vscclient", "-p", "stack-tests"];
+const PROGRAMS: [&str; 8] =
+    ["build", "--locked", "-p", "ccid-device", "-p", "vscclient", "-p", "stack-tests"];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -106,7 +107,8 @@ fn demo(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
 fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
     setup(steps)?;
     steps.inside("tools", packages::probe)?;
-    let libraries = ["bench", "--locked", "-p", "vscard-protocol", "-p", "emulated-card"];
+    let libraries =
+        ["bench", "--locked", "-p", "vscard-protocol", "-p", "emulated-card", "-p", "ccid-device"];
     steps.cargo("library benchmarks", libraries, &[])?;
     steps.cargo("programs", PROGRAMS.iter().chain(&["--bins", "--release"]), &[])?;
     let fixed = ["run", "--quiet", "--release", "--locked", "-p", "stack-tests", "--bin", "bench", "--"];

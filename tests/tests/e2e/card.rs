@@ -1,5 +1,6 @@
 //! What OpenSC in the guest makes of the card, over every kind of connection.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -11,7 +12,7 @@ use stack_tests::passthru::{Road, Stack};
 const IDS: [&str; 3] = ["0001", "0002", "0003"];
 
 /// Everything a user of the card does in the guest, with the results checked outside of it.
-async fn use_the_card(guest: &Guest, database: &Database, pin: &str) -> Result<()> {
+pub(crate) async fn use_the_card(guest: &Guest, database: &Database, pin: &str) -> Result<()> {
     let name = guest.ok("opensc-tool -n").await?;
     ensure!(name.contains("Common Access Card (CAC)"), "{name}");
 
@@ -127,20 +128,7 @@ async fn an_idle_client_uses_no_processor() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_pins_lock_the_card_and_unlock_helps() -> Result<()> {
     let mut stack = Stack::start(Road::Unix, &[]).await?;
-    let login = |pin: &str| format!("pkcs11-tool -O --login --pin {pin}");
-    for _ in 0..2 {
-        let ran = stack.guest.run(&login("000000")).await?;
-        ensure!(ran.text().contains("CKR_PIN_INCORRECT"), "{}", ran.text());
-    }
-    // Two wrong ones, then the right one: the count starts again.
-    stack.guest.ok(&login(PIN)).await?;
-    for left in ["63C2", "63C1", "63C0"] {
-        let answer = stack.guest.ok("guest-pcsc transmit 0020000008303030303030FFFF").await?;
-        ensure!(answer.to_uppercase().contains(left), "{answer}");
-    }
-    let locked = |text: &str| text.contains("CKR_PIN_LOCKED");
-    let ran = stack.guest.run(&login(PIN)).await?;
-    ensure!(locked(&ran.text()), "{}", ran.text());
+    lock(&stack.guest).await?;
 
     // A restarted client still says locked.
     let gone = stack.guest.ok("guest-pcsc wait-card absent 20");
@@ -149,17 +137,54 @@ async fn wrong_pins_lock_the_card_and_unlock_helps() -> Result<()> {
     ensure!(ended?.success());
     stack.start_client(&[])?;
     stack.guest.ok("guest-pcsc wait-card present 20").await?;
-    let ran = stack.guest.run(&login(PIN)).await?;
-    ensure!(locked(&ran.text()), "{}", ran.text());
+    ensure_locked(&stack.guest).await?;
 
     // The host unlocks it while the client runs.
-    let unlock = tokio::process::Command::new(stack_tests::process::program("vscclient")?)
-        .args(["unlock", "--db", &stack.database.spec()])
-        .env("XDG_STATE_HOME", stack.state.path())
-        .output();
-    let unlock = within(Some(&stack.guest), Duration::from_secs(10), "unlock", unlock).await??;
-    ensure!(unlock.status.success(), "{}", String::from_utf8_lossy(&unlock.stderr));
+    unlock(&stack.database, stack.state.path()).await?;
     stack.guest.ok(&login(PIN)).await?;
+    Ok(())
+}
+
+fn login(pin: &str) -> String {
+    format!("pkcs11-tool -O --login --pin {pin}")
+}
+
+async fn ensure_locked(guest: &Guest) -> Result<()> {
+    let ran = guest.run(&login(PIN)).await?;
+    ensure!(ran.text().contains("CKR_PIN_LOCKED"), "{}", ran.text());
+    Ok(())
+}
+
+/// Wrong PINs until the card is locked.
+async fn lock(guest: &Guest) -> Result<()> {
+    for _ in 0..2 {
+        let ran = guest.run(&login("000000")).await?;
+        ensure!(ran.text().contains("CKR_PIN_INCORRECT"), "{}", ran.text());
+    }
+    // Two wrong ones, then the right one: the count starts again.
+    guest.ok(&login(PIN)).await?;
+    for left in ["63C2", "63C1", "63C0"] {
+        let answer = guest.ok("guest-pcsc transmit 0020000008303030303030FFFF").await?;
+        ensure!(answer.to_uppercase().contains(left), "{answer}");
+    }
+    ensure_locked(guest).await
+}
+
+/// `vscclient unlock` beside the program that has the card open.
+async fn unlock(database: &Database, state: &Path) -> Result<()> {
+    let unlock = tokio::process::Command::new(stack_tests::process::program("vscclient")?)
+        .args(["unlock", "--db", &database.spec()])
+        .env("XDG_STATE_HOME", state)
+        .output();
+    let unlock = within(None, Duration::from_secs(10), "unlock", unlock).await??;
+    ensure!(unlock.status.success(), "{}", String::from_utf8_lossy(&unlock.stderr));
+    Ok(())
+}
+
+pub(crate) async fn lock_and_unlock(guest: &Guest, database: &Database, state: &Path) -> Result<()> {
+    lock(guest).await?;
+    unlock(database, state).await?;
+    guest.ok(&login(PIN)).await?;
     Ok(())
 }
 

@@ -6,4 +6,5 @@ mod connection;
 mod console;
 mod guest;
 mod hostile;
+mod reader;
 mod state;

@@ -1,0 +1,185 @@
+//! The control socket: JSON lines in QMP's style.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ccid_device::SlotId;
+use ccid_device::reader::{Handle, ReaderEvent};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::{Notify, Semaphore, broadcast};
+use vscard_protocol::chardev::{Channel, Stream};
+
+/// Longest command.
+const MOST_LINE: u64 = 64 * 1024;
+/// Clients at a time.
+const MOST_CLIENTS: usize = 8;
+
+/// A running reader as the control socket shows it.
+pub(crate) struct Running {
+    pub(crate) carrier: &'static str,
+    pub(crate) endpoint: String,
+    pub(crate) handle: Handle,
+    /// For each slot, the kind of its card.
+    pub(crate) cards: Vec<Option<&'static str>>,
+}
+
+/// What clients may ask for.
+pub(crate) struct Control {
+    pub(crate) readers: Vec<Running>,
+    pub(crate) events: broadcast::Sender<(usize, ReaderEvent)>,
+    pub(crate) quit: Notify,
+}
+
+/// Serves clients until the channel is of no use.
+pub(crate) async fn serve(mut channel: Channel, control: Arc<Control>) {
+    let places = Arc::new(Semaphore::new(MOST_CLIENTS));
+    while let Ok(place) = places.clone().acquire_owned().await {
+        match channel.stream().await {
+            Ok(stream) => {
+                let control = control.clone();
+                tokio::spawn(async move {
+                    let _ = client(stream, &control).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::error!("{error}");
+                if !error.is_transient() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+async fn client(stream: Stream, control: &Control) -> std::io::Result<()> {
+    let (reader, mut writer) = tokio::io::split(stream);
+    let mut reader = BufReader::new(reader);
+    let mut events = control.events.subscribe();
+    let mut line = Vec::new();
+    let greeting = json!({"ccid-device": {"version": env!("CARGO_PKG_VERSION")}});
+    write(&mut writer, &greeting).await?;
+    loop {
+        let mut limited = (&mut reader).take(MOST_LINE - line.len() as u64);
+        let answer = tokio::select! {
+            // What was read of a line stays in `line` when an event comes first.
+            read = limited.read_until(b'\n', &mut line) => match read? {
+                0 => return Ok(()),
+                _ if line.last() == Some(&b'\n') => {
+                    let answer = command(&line, control).await;
+                    line.clear();
+                    answer
+                }
+                _ if line.len() as u64 >= MOST_LINE => {
+                    let error = failure(&Value::Null, "the line is longer than 64 KiB");
+                    return write(&mut writer, &error).await;
+                }
+                _ => continue,
+            },
+            event = events.recv() => match event {
+                Ok((reader, event)) => told(reader, event),
+                // A client that did not read in time asks again how things are.
+                Err(broadcast::error::RecvError::Lagged(count)) => {
+                    json!({"event": "EVENTS_LOST", "data": {"count": count}, "timestamp": timestamp()})
+                }
+                Err(broadcast::error::RecvError::Closed) => return Ok(()),
+            },
+        };
+        write(&mut writer, &answer).await?;
+    }
+}
+
+async fn write(writer: &mut (impl AsyncWriteExt + Unpin), value: &Value) -> std::io::Result<()> {
+    writer.write_all(format!("{value}\r\n").as_bytes()).await?;
+    writer.flush().await
+}
+
+async fn command(line: &[u8], control: &Control) -> Value {
+    if line.iter().all(u8::is_ascii_whitespace) {
+        return failure(&Value::Null, "an empty line is no command");
+    }
+    let request: Value = match serde_json::from_slice(line) {
+        Ok(request) => request,
+        Err(error) => return failure(&Value::Null, &format!("no JSON: {error}")),
+    };
+    let id = request.get("id").cloned().unwrap_or_default();
+    let arguments = &request["arguments"];
+    match request["execute"].as_str() {
+        Some("query-readers") => {
+            let mut readers = Vec::new();
+            for (number, reader) in control.readers.iter().enumerate() {
+                let Some(status) = reader.handle.status().await else { continue };
+                let slots: Vec<_> = reader
+                    .cards
+                    .iter()
+                    .zip(status.cards)
+                    .enumerate()
+                    .map(|(slot, (kind, present))| json!({"slot": slot, "card": kind, "present": present}))
+                    .collect();
+                readers.push(json!({
+                    "reader": number, "carrier": reader.carrier, "endpoint": reader.endpoint,
+                    "attached": status.attached, "slots": slots,
+                }));
+            }
+            success(&id, &json!(readers))
+        }
+        Some(execute @ ("insert" | "remove")) => {
+            let number = |key: &str| arguments.get(key).map_or(Some(0), Value::as_u64);
+            let (Some(reader), Some(slot)) = (number("reader"), number("slot")) else {
+                return failure(&id, "reader and slot are numbers");
+            };
+            let found = usize::try_from(reader).ok().and_then(|reader| control.readers.get(reader));
+            let slot = u8::try_from(slot).ok();
+            let done = match (found, slot) {
+                (Some(reader), Some(slot)) => {
+                    reader.handle.set_inserted(SlotId(slot), execute == "insert").await
+                }
+                _ => false,
+            };
+            if done {
+                success(&id, &json!({}))
+            } else {
+                failure(&id, "there is no card in that reader and slot")
+            }
+        }
+        Some("quit") => {
+            control.quit.notify_one();
+            success(&id, &json!({}))
+        }
+        Some(other) => {
+            failure(&id, &format!("no command {other:?}; there are query-readers, insert, remove and quit"))
+        }
+        None => failure(&id, "\"execute\" is missing"),
+    }
+}
+
+fn success(id: &Value, value: &Value) -> Value {
+    with_id(json!({"return": value}), id)
+}
+
+fn failure(id: &Value, description: &str) -> Value {
+    with_id(json!({"error": {"class": "GenericError", "desc": description}}), id)
+}
+
+fn with_id(mut answer: Value, id: &Value) -> Value {
+    if !id.is_null() {
+        answer["id"] = id.clone();
+    }
+    answer
+}
+
+fn told(reader: usize, event: ReaderEvent) -> Value {
+    let (name, data) = match event {
+        ReaderEvent::Inserted(SlotId(slot)) => ("CARD_INSERTED", json!({"reader": reader, "slot": slot})),
+        ReaderEvent::Removed(SlotId(slot)) => ("CARD_REMOVED", json!({"reader": reader, "slot": slot})),
+        ReaderEvent::Attached => ("READER_ATTACHED", json!({"reader": reader})),
+        ReaderEvent::Detached => ("READER_DETACHED", json!({"reader": reader})),
+    };
+    json!({"event": name, "data": data, "timestamp": timestamp()})
+}
+
+fn timestamp() -> Value {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    json!({"seconds": now.as_secs(), "microseconds": now.subsec_micros()})
+}

@@ -1,0 +1,330 @@
+//! The `ccid-device` daemon: readers with cards in them, for virtual machines.
+
+#![forbid(unsafe_code)]
+
+mod control;
+mod spec;
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use ccid_device::reader::{Carrier, Exports, Reader};
+use ccid_device::{Device, Layout};
+use clap::Parser;
+use emulated_card::certificates::OpenCard;
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, broadcast, mpsc};
+use tokio::task::JoinSet;
+use tracing_subscriber::filter::LevelFilter;
+use vscard_protocol::CardSource;
+use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
+use vscard_protocol::passthru::PassthruCard;
+use vscard_protocol::trace::Traced;
+
+use crate::control::{Control, Running};
+use crate::spec::{CardKind, CardSpec, ReaderSpec};
+
+const USAGE: u8 = 2;
+const NO_CARD: u8 = 3;
+const UNUSABLE: u8 = 5;
+
+const AFTER_HELP: &str = "\
+Readers:  --reader usbredir,[OPTIONS,]ENDPOINT   for QEMU's usb-redir
+          --reader usbip,[OPTIONS,]ENDPOINT      for USB/IP; readers with the same endpoint share a server
+          options: slots=1..16 or interfaces=1..7, speed=full|high, id=VENDOR:PRODUCT, serial=, product=,
+          manufacturer=, max-message=271..65554
+Cards:    --card cert,db=sql:DIR,cert=NAME[,cert=NAME...][,card-name=][,pin-file=][,password-file=][,no-pin]
+                 [,forget-pin=SECONDS]           certificates of an NSS database; also host-certificates
+          --card passthru,[deadline=SECONDS,]ENDPOINT   a card that a vscclient brings; also passthrough
+          reader=N,slot=M say where it goes; by default the next free slot of reader 0
+Endpoints: unix:PATH, unix-listen:PATH, tcp:HOST:PORT, tcp-listen:HOST:PORT. They come last. A comma in a value is
+          written twice.
+
+Examples:
+  # QEMU: -device qemu-xhci -chardev socket,id=c,path=/run/vm1-ccid.sock,server=on,wait=off
+  #       -device usb-redir,chardev=c
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock \\
+      --card cert,db=sql:$HOME/certs,cert=id,cert=sign,cert=encrypt
+
+  # A second slot for the card of a remote user's vscclient
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock --card cert,db=sql:$HOME/certs,cert=id \\
+      --card passthru,unix-listen:/run/vm1-card.sock
+
+  # For a Linux machine: modprobe vhci-hcd; usbip attach -r 127.0.0.1 -b 1-1
+  ccid-device --reader usbip,tcp-listen:127.0.0.1:3240 --card cert,db=sql:$HOME/certs,cert=id
+
+  # libvirt: <redirdev bus='usb' type='unix'><source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
+
+Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, quit.
+  {\"execute\": \"remove\", \"arguments\": {\"reader\": 0, \"slot\": 1}}
+
+Exit status:
+  0  ended by SIGTERM, SIGINT or quit, the readers unplugged
+  2  the command line is wrong
+  3  a card cannot be made: database, certificate, PIN or state
+  5  an endpoint cannot be used";
+
+/// USB smartcard readers for virtual machines, with cards in them
+#[derive(Debug, Parser)]
+#[command(version, after_long_help = AFTER_HELP)]
+struct Cli {
+    /// A reader and where it appears; once for each
+    #[arg(long = "reader", value_name = "SPEC", required = true)]
+    readers: Vec<ReaderSpec>,
+    /// A card and where it comes from; once for each
+    #[arg(long = "card", value_name = "SPEC")]
+    cards: Vec<CardSpec>,
+    /// Socket for commands while it runs, such as unix-listen:/run/ccid-device.sock
+    #[arg(long, value_name = "ENDPOINT")]
+    control: Option<Endpoint>,
+    /// Print each APDU on a line of its own, without PINs and decrypted data
+    #[arg(long)]
+    trace: bool,
+    /// Let TCP leave this machine: everything, the PIN too, can be read on the way
+    #[arg(long)]
+    allow_plaintext: bool,
+    /// Tell details; twice for everything
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+/// Why it does not run.
+struct Failure {
+    status: u8,
+    message: String,
+}
+
+impl Failure {
+    fn new(status: u8, message: impl std::fmt::Display) -> Self {
+        Self { status, message: message.to_string() }
+    }
+}
+
+fn main() -> ExitCode {
+    // PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
+    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    let cli = Cli::parse();
+    let level = match cli.verbose {
+        0 => LevelFilter::INFO,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .log_internal_errors(false)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => {
+            let result = runtime.block_on(run(cli));
+            runtime.shutdown_background();
+            result
+        }
+        Err(error) => Err(Failure::new(UNUSABLE, format!("no event loop: {error}"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let _ = writeln!(std::io::stderr(), "ccid-device: {}", failure.message);
+            ExitCode::from(failure.status)
+        }
+    }
+}
+
+/// Which card goes where: for each reader, by slot.
+fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
+    let usage = |message: String| Failure::new(USAGE, message);
+    let mut placed: Vec<BTreeMap<u8, CardKind>> = cli.readers.iter().map(|_| BTreeMap::new()).collect();
+    let mut open = Vec::new();
+    for CardSpec { kind, reader, slot } in cli.cards.drain(..) {
+        let Some(slots) = placed.get_mut(reader) else {
+            return Err(usage(format!("--card: there is no reader {reader}; the first one is 0")));
+        };
+        match slot {
+            Some(slot) if slots.contains_key(&slot) => {
+                return Err(usage(format!("--card: two cards for slot {slot} of reader {reader}")));
+            }
+            Some(slot) => drop(slots.insert(slot, kind)),
+            None => open.push((reader, kind)),
+        }
+    }
+    for (reader, kind) in open {
+        let free = (0..=u8::MAX).find(|slot| !placed[reader].contains_key(slot)).unwrap_or(u8::MAX);
+        placed[reader].insert(free, kind);
+    }
+    let mut all = Vec::new();
+    for (number, (reader, mut cards)) in cli.readers.iter_mut().zip(placed).enumerate() {
+        let needed = cards.keys().last().map_or(1, |last| last.saturating_add(1));
+        if !reader.layout_given {
+            reader.config.layout = Layout::Slots(needed);
+        }
+        reader.config.check().map_err(|error| usage(format!("--reader: reader {number}: {error}")))?;
+        let slots = reader.config.layout.slots();
+        if needed > slots {
+            let slot = needed - 1;
+            return Err(usage(format!(
+                "--card: reader {number} has {slots} slots, so there is no slot {slot}"
+            )));
+        }
+        all.push((0..slots).map(|slot| cards.remove(&slot)).collect());
+    }
+    Ok(all)
+}
+
+async fn run(mut cli: Cli) -> Result<(), Failure> {
+    let placed = place(&mut cli)?;
+    let plaintext = if cli.allow_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly };
+    let unusable = |error| Failure::new(UNUSABLE, error);
+    let mut tasks: JoinSet<Result<(), Failure>> = JoinSet::new();
+    let mut kept: Vec<OpenCard> = Vec::new();
+    let (events, _) = broadcast::channel(256);
+
+    // All cards first: what is wrong with one of them is said before any guest sees a reader.
+    let mut sources = Vec::new();
+    let mut kinds = Vec::new();
+    for (number, cards) in placed.into_iter().enumerate() {
+        kinds.push(cards.iter().map(|card| card.as_ref().map(CardKind::name)).collect::<Vec<_>>());
+        let mut slots: Vec<Option<Arc<dyn CardSource>>> = Vec::new();
+        for (slot, card) in cards.into_iter().enumerate() {
+            let source: Option<Arc<dyn CardSource>> = match card {
+                None => None,
+                Some(CardKind::Certificates(certificates)) => {
+                    let card = certificates.open().map_err(|error| Failure::new(NO_CARD, error))?;
+                    card.slot.insert();
+                    let source = card.slot.clone();
+                    kept.push(card);
+                    Some(source)
+                }
+                Some(CardKind::Passthru { deadline, endpoint }) => {
+                    let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
+                    let (card, serve) = PassthruCard::new(channel, deadline);
+                    tasks.spawn(async move { serve.await.map_err(unusable) });
+                    Some(Arc::new(card))
+                }
+            };
+            slots.push(source.map(|source| match cli.trace {
+                true => Arc::new(Traced::new(source, trace_sink(number, slot))),
+                false => source,
+            }));
+        }
+        sources.push(slots);
+    }
+
+    let mut carriers = carriers(&cli.readers, plaintext, &mut tasks).await?.into_iter();
+    let mut readers = Vec::new();
+    for (number, ((reader, sources), cards)) in cli.readers.into_iter().zip(sources).zip(kinds).enumerate() {
+        let (news, mut told) = mpsc::unbounded_channel();
+        let events = events.clone();
+        tokio::spawn(async move {
+            while let Some(event) = told.recv().await {
+                tracing::info!("reader {number}: {event:?}");
+                let _ = events.send((number, event));
+            }
+        });
+        let running =
+            Reader::new(reader.config, sources, news).map_err(|error| Failure::new(USAGE, error))?;
+        let Some(carrier) = carriers.next() else { break };
+        readers.push(Running {
+            carrier: if reader.usbip { "usbip" } else { "usbredir" },
+            endpoint: reader.endpoint.to_string(),
+            handle: running.handle(),
+            cards,
+        });
+        tasks.spawn(async move { running.run(carrier).await.map_err(unusable) });
+    }
+
+    let control = Arc::new(Control { readers, events, quit: Notify::new() });
+    if let Some(endpoint) = cli.control {
+        let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
+        tokio::spawn(control::serve(channel, control.clone()));
+    }
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::debug!("readiness not told: {error}");
+    }
+    tracing::info!("ready");
+    until_end(&mut tasks, &control).await?;
+    let unplugs: Vec<_> = control
+        .readers
+        .iter()
+        .map(|reader| {
+            let handle = reader.handle.clone();
+            tokio::spawn(async move { handle.unplug().await })
+        })
+        .collect();
+    for unplug in unplugs {
+        let _ = unplug.await;
+    }
+    drop(kept);
+    Ok(())
+}
+
+/// A carrier for each reader, in order. USB/IP readers with the same endpoint share a server.
+async fn carriers(
+    readers: &[ReaderSpec],
+    plaintext: Plaintext,
+    tasks: &mut JoinSet<Result<(), Failure>>,
+) -> Result<Vec<Carrier>, Failure> {
+    let unusable = |error| Failure::new(UNUSABLE, error);
+    let mut carriers: Vec<Option<Carrier>> = Vec::new();
+    for (number, reader) in readers.iter().enumerate() {
+        carriers.push(None);
+        if !reader.usbip {
+            let channel = Channel::open(reader.endpoint.clone(), plaintext).await.map_err(unusable)?;
+            carriers[number] = Some(Carrier::Usbredir(channel));
+        }
+    }
+    for (number, reader) in readers.iter().enumerate() {
+        if carriers[number].is_some() {
+            continue;
+        }
+        let channel = Channel::open(reader.endpoint.clone(), plaintext).await.map_err(unusable)?;
+        let sharing: Vec<usize> = (number..readers.len())
+            .filter(|other| readers[*other].usbip && readers[*other].endpoint == reader.endpoint)
+            .collect();
+        let mut topologies = Vec::new();
+        for other in &sharing {
+            let device = Device::new(readers[*other].config.clone());
+            topologies.push(device.map_err(|error| Failure::new(USAGE, error))?.topology());
+        }
+        let (places, serve) = Exports::serve(channel, topologies);
+        tasks.spawn(async move { serve.await.map_err(unusable) });
+        for (other, place) in sharing.into_iter().zip(places) {
+            tracing::info!("reader {other}: {} of {}", place.busid(), reader.endpoint);
+            carriers[other] = Some(Carrier::Usbip(place));
+        }
+    }
+    Ok(carriers.into_iter().flatten().collect())
+}
+
+/// Until a signal or a command ends it, or something cannot go on.
+async fn until_end(tasks: &mut JoinSet<Result<(), Failure>>, control: &Control) -> Result<(), Failure> {
+    let watch = |kind| signal(kind).map_err(|error| Failure::new(UNUSABLE, format!("signals: {error}")));
+    let (mut terminate, mut interrupt, mut hangup) =
+        (watch(SignalKind::terminate())?, watch(SignalKind::interrupt())?, watch(SignalKind::hangup())?);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            // Nothing is to be read again, and no guest is to lose its card.
+            _ = hangup.recv() => tracing::info!("SIGHUP: nothing to do"),
+            () = control.quit.notified() => return Ok(()),
+            Some(ended) = tasks.join_next() => match ended {
+                Ok(result) => result?,
+                Err(error) => return Err(Failure::new(UNUSABLE, error)),
+            },
+        }
+    }
+}
+
+fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
+    Arc::new(move |line: &str| {
+        let _ = writeln!(std::io::stderr().lock(), "apdu {reader}.{slot}: {line}");
+    })
+}

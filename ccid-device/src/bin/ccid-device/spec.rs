@@ -1,0 +1,281 @@
+//! The values of `--reader` and `--card`: a kind, options, and last an endpoint, which owns what follows.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ccid_device::{DeviceConfig, Layout, Speed};
+use emulated_card::certificates::CertificateCard;
+use vscard_protocol::chardev::Endpoint;
+
+/// `usbredir,...` or `usbip,...`.
+#[derive(Clone, Debug)]
+pub(crate) struct ReaderSpec {
+    pub(crate) usbip: bool,
+    pub(crate) config: DeviceConfig,
+    /// The user said how many slots.
+    pub(crate) layout_given: bool,
+    pub(crate) endpoint: Endpoint,
+}
+
+/// `cert,...` or `passthru,...`.
+#[derive(Clone, Debug)]
+pub(crate) struct CardSpec {
+    pub(crate) kind: CardKind,
+    pub(crate) reader: usize,
+    pub(crate) slot: Option<u8>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum CardKind {
+    Certificates(Box<CertificateCard>),
+    Passthru { deadline: Duration, endpoint: Endpoint },
+}
+
+impl CardKind {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Certificates(_) => "cert",
+            Self::Passthru { .. } => "passthru",
+        }
+    }
+}
+
+/// The parts of a value. A comma inside an option's value is written twice.
+struct Parts {
+    kind: String,
+    options: Vec<(String, Option<String>)>,
+    endpoint: Option<Endpoint>,
+}
+
+const ENDPOINTS: [&str; 4] = ["unix:", "unix-listen:", "tcp:", "tcp-listen:"];
+
+fn parts(text: &str) -> Result<Parts, String> {
+    let mut fields = Vec::new();
+    let mut rest = text;
+    let mut endpoint = None;
+    while !rest.is_empty() || fields.is_empty() {
+        if ENDPOINTS.iter().any(|kind| rest.starts_with(kind)) && !fields.is_empty() {
+            endpoint = Some(rest.parse().map_err(|error| format!("{error}"))?);
+            break;
+        }
+        let mut field = String::new();
+        let mut chars = rest.char_indices().peekable();
+        let mut end = rest.len();
+        while let Some((at, char)) = chars.next() {
+            if char == ',' && chars.next_if(|(_, next)| *next == ',').is_none() {
+                end = at + 1;
+                break;
+            }
+            field.push(char);
+        }
+        fields.push(field);
+        rest = &rest[end..];
+    }
+    let mut fields = fields.into_iter();
+    let kind = fields.next().unwrap_or_default();
+    let options = fields
+        .map(|field| match field.split_once('=') {
+            Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+            None => (field, None),
+        })
+        .collect();
+    Ok(Parts { kind, options, endpoint })
+}
+
+fn value(key: &str, value: Option<String>) -> Result<String, String> {
+    value.filter(|value| !value.is_empty()).ok_or_else(|| format!("{key} needs a value: {key}=..."))
+}
+
+fn number<T: std::str::FromStr>(key: &str, text: Option<String>, range: &str) -> Result<T, String> {
+    let text = value(key, text)?;
+    text.parse().map_err(|_| format!("{key}={text} is not a number ({range})"))
+}
+
+impl std::str::FromStr for ReaderSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Parts { kind, options, endpoint } = parts(text)?;
+        let usbip = match kind.as_str() {
+            "usbredir" => false,
+            "usbip" => true,
+            other => return Err(format!("unknown kind {other:?}; there are usbredir and usbip")),
+        };
+        let endpoint = endpoint
+            .ok_or("the endpoint is missing: unix:PATH, unix-listen:PATH, tcp:... or tcp-listen:...")?;
+        if usbip && !endpoint.is_listening() {
+            return Err("a USB/IP server listens: tcp-listen:HOST:PORT".into());
+        }
+        let mut config = DeviceConfig::new(serial(&endpoint));
+        let mut layout_given = false;
+        for (key, text) in options {
+            match key.as_str() {
+                "slots" | "interfaces" => {
+                    if std::mem::replace(&mut layout_given, true) {
+                        return Err("slots and interfaces exclude each other, and go once".into());
+                    }
+                    let count = number(&key, text, "1 to 16 slots, 1 to 7 interfaces")?;
+                    let slots = key == "slots";
+                    config.layout = if slots { Layout::Slots(count) } else { Layout::Interfaces(count) };
+                }
+                "speed" => {
+                    config.speed = match value(&key, text)?.as_str() {
+                        "full" => Speed::Full,
+                        "high" => Speed::High,
+                        other => return Err(format!("speed={other} is neither full nor high")),
+                    }
+                }
+                "id" => {
+                    let id = value(&key, text)?;
+                    let parsed = id.split_once(':').and_then(|(vendor, product)| {
+                        let hex = |text| u16::from_str_radix(text, 16).ok();
+                        Some((hex(vendor)?, hex(product)?))
+                    });
+                    (config.vendor_id, config.product_id) =
+                        parsed.ok_or(format!("id={id} is not VENDOR:PRODUCT in hexadecimal"))?;
+                }
+                "serial" => config.serial = value(&key, text)?,
+                "product" => config.product = value(&key, text)?,
+                "manufacturer" => config.manufacturer = value(&key, text)?,
+                "max-message" => config.max_message = number(&key, text, "271 to 65554")?,
+                other => {
+                    return Err(format!(
+                        "unknown option {other:?}; there are slots, interfaces, speed, id, serial, product, \
+                         manufacturer and max-message"
+                    ));
+                }
+            }
+        }
+        Ok(Self { usbip, config, layout_given, endpoint })
+    }
+}
+
+impl std::str::FromStr for CardSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Parts { kind, options, endpoint } = parts(text)?;
+        let (mut reader, mut slot) = (0, None);
+        let mut rest = Vec::new();
+        for (key, text) in options {
+            match key.as_str() {
+                "reader" => reader = number(&key, text, "0 for the first reader")?,
+                "slot" => slot = Some(number(&key, text, "0 for the first slot")?),
+                _ => rest.push((key, text)),
+            }
+        }
+        let kind = match kind.as_str() {
+            "cert" | "host-certificates" => {
+                if endpoint.is_some() {
+                    return Err("a card of certificates has no endpoint".into());
+                }
+                CardKind::Certificates(Box::new(certificates(rest)?))
+            }
+            "passthru" | "passthrough" => passthru(rest, endpoint)?,
+            "host" => return Err("hardware tokens (kind host) are not served yet".into()),
+            other => {
+                return Err(format!(
+                    "unknown kind {other:?}; there are cert (host-certificates) and passthru (passthrough)"
+                ));
+            }
+        };
+        Ok(Self { kind, reader, slot })
+    }
+}
+
+fn certificates(options: Vec<(String, Option<String>)>) -> Result<CertificateCard, String> {
+    let mut card = CertificateCard { db: "/etc/pki/nssdb".into(), ..CertificateCard::default() };
+    for (key, text) in options {
+        match key.as_str() {
+            "db" => card.db = value(&key, text)?,
+            "cert" => card.certificates.push(value(&key, text)?),
+            "card-name" => card.card_name = value(&key, text)?,
+            "pin-file" => card.pin_file = Some(PathBuf::from(value(&key, text)?)),
+            "password-file" => card.password_file = Some(PathBuf::from(value(&key, text)?)),
+            "no-pin" if text.is_none() => card.no_pin = true,
+            "forget-pin" => {
+                card.forget_pin = Some(Duration::from_secs(number(&key, text, "seconds")?));
+            }
+            other => {
+                return Err(format!(
+                    "unknown option {other:?}; there are db, cert, card-name, pin-file, password-file, no-pin, \
+                     forget-pin, reader and slot"
+                ));
+            }
+        }
+    }
+    if card.certificates.is_empty() {
+        return Err("no certificate is named: cert=NAME, once for each of 1 to 10".into());
+    }
+    if card.no_pin && card.pin_file.is_some() {
+        return Err("no-pin and pin-file exclude each other".into());
+    }
+    Ok(card)
+}
+
+fn passthru(options: Vec<(String, Option<String>)>, endpoint: Option<Endpoint>) -> Result<CardKind, String> {
+    let mut deadline = 20;
+    for (key, text) in options {
+        match key.as_str() {
+            "deadline" => {
+                deadline = number(&key, text, "1 to 3600 seconds")?;
+                if !(1..=3600).contains(&deadline) {
+                    return Err(format!("deadline={deadline} is not within 1 to 3600 seconds"));
+                }
+            }
+            other => return Err(format!("unknown option {other:?}; there are deadline, reader and slot")),
+        }
+    }
+    let endpoint = endpoint
+        .ok_or("the endpoint is missing: unix-listen:PATH, tcp-listen:HOST:PORT, unix:... or tcp:...")?;
+    Ok(CardKind::Passthru { deadline: Duration::from_secs(deadline), endpoint })
+}
+
+/// A serial number that is the same at each start and differs between readers of a machine.
+fn serial(endpoint: &Endpoint) -> String {
+    // FNV-1a.
+    let hash = endpoint.to_string().bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
+    });
+    format!("{hash:016X}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_lines() {
+        let reader: ReaderSpec = "usbredir,unix:/run/vm1-ccid.sock".parse().unwrap();
+        assert!(!reader.usbip && !reader.layout_given);
+        let reader: ReaderSpec = "usbip,slots=4,speed=full,tcp-listen:127.0.0.1:3240".parse().unwrap();
+        assert_eq!((reader.config.layout, reader.config.speed), (Layout::Slots(4), Speed::Full));
+        let card: CardSpec = "cert,db=sql:/d,,x,cert=a,cert=b,slot=2".parse().unwrap();
+        let CardKind::Certificates(certificates) = card.kind else { panic!("kind") };
+        assert_eq!(
+            (certificates.db.as_str(), &certificates.certificates[..]),
+            ("sql:/d,x", &["a".into(), "b".into()][..])
+        );
+        assert_eq!((card.reader, card.slot), (0, Some(2)));
+        let card: CardSpec = "passthrough,deadline=5,reader=1,unix-listen:/run/a,,b.sock".parse().unwrap();
+        let CardKind::Passthru { deadline, endpoint } = card.kind else { panic!("kind") };
+        assert_eq!((deadline.as_secs(), endpoint.to_string().as_str()), (5, "unix-listen:/run/a,,b.sock"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let reader = |text: &str| text.parse::<ReaderSpec>().unwrap_err();
+        assert!(reader("usbredir").contains("endpoint is missing"));
+        assert!(reader("pci,unix:/x").contains("unknown kind \"pci\""));
+        assert!(reader("usbredir,slots=many,unix:/x").contains("slots=many is not a number"));
+        assert!(reader("usbredir,slots=1,interfaces=1,unix:/x").contains("exclude each other"));
+        assert!(reader("usbip,tcp:localhost:1").contains("listens"));
+        assert!(reader("usbredir,colour=red,unix:/x").contains("unknown option \"colour\""));
+        let card = |text: &str| text.parse::<CardSpec>().unwrap_err();
+        assert!(card("cert,db=/d").contains("cert=NAME"));
+        assert!(card("host").contains("not served yet"));
+        assert!(card("passthru,deadline=0,unix:/x").contains("1 to 3600"));
+        assert!(card("passthru,deadline=3").contains("endpoint is missing"));
+        assert!(card("cert,cert=a,unix:/x").contains("no endpoint"));
+    }
+}

@@ -1,0 +1,410 @@
+//! Drives a device with cards: what its actions ask for is done, and a carrier takes it to a guest.
+//!
+//! A [`Reader`] owns a [`Device`], a task for each slot and the connections of its carrier. It is one task; run as
+//! many as there are readers.
+
+mod connection;
+mod slot;
+mod usbip;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot};
+use vscard_protocol::CardSource;
+use vscard_protocol::chardev::{Channel, ChannelError};
+
+use crate::usbip::urbs::{self, Urbs};
+use crate::usbredir::{self, ConnectionId, Session};
+use crate::{Action, ConfigError, Device, DeviceConfig, SlotId};
+
+use connection::{Connections, Event as Stream};
+use slot::{Job, SlotEvent, SlotTask};
+pub use usbip::Exports;
+
+/// Events of one reader that may wait; whoever has more waits, too.
+const MOST_EVENTS: usize = 256;
+
+/// Where a reader appears.
+pub enum Carrier {
+    /// QEMU's `usb-redir`, at the other end of this channel.
+    Usbredir(Channel),
+    /// USB/IP clients of this server.
+    Usbip(Exports),
+}
+
+/// What a reader tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReaderEvent {
+    /// A card is in.
+    Inserted(SlotId),
+    /// The card is out.
+    Removed(SlotId),
+    /// A guest has the reader.
+    Attached,
+    /// No guest has it any more.
+    Detached,
+}
+
+/// What can be asked of a running reader.
+enum Request {
+    Query(oneshot::Sender<Status>),
+    Eject(SlotId, bool, oneshot::Sender<bool>),
+    Unplug(oneshot::Sender<()>),
+}
+
+/// A look at a reader.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// A guest has it.
+    pub attached: bool,
+    /// For each slot, whether a card is in.
+    pub cards: Vec<bool>,
+}
+
+/// Speaks to a running [`Reader`].
+#[derive(Clone)]
+pub struct Handle(mpsc::Sender<Event>);
+
+impl Handle {
+    /// How things are; `None` once the reader has ended.
+    pub async fn status(&self) -> Option<Status> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Event::Request(Request::Query(reply))).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Puts the card of a slot in, or takes it out, as far as the guest is concerned; whether there is such a slot
+    /// with a card.
+    pub async fn set_inserted(&self, slot: SlotId, inserted: bool) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Eject(slot, !inserted, reply);
+        self.0.send(Event::Request(request)).await.is_ok() && answer.await.unwrap_or(false)
+    }
+
+    /// Takes the reader out of the guest and ends it; returns when the guest's side knows, or could have.
+    pub async fn unplug(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.0.send(Event::Request(Request::Unplug(reply))).await.is_ok() {
+            let _ = answer.await;
+        }
+    }
+}
+
+enum Event {
+    Slot(SlotId, SlotEvent),
+    Stream(Stream),
+    Request(Request),
+}
+
+/// A device with its cards and its carrier.
+pub struct Reader {
+    device: Device,
+    slots: Vec<Option<mpsc::UnboundedSender<Job>>>,
+    present: Vec<bool>,
+    events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
+    news: mpsc::UnboundedSender<ReaderEvent>,
+    attached: bool,
+}
+
+impl Reader {
+    /// A reader with a card source for each slot that has one. Must be called within a tokio runtime.
+    ///
+    /// `news` gets what happens.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for a device that cannot be, or more sources than slots.
+    pub fn new(
+        config: DeviceConfig,
+        sources: Vec<Option<Arc<dyn CardSource>>>,
+        news: mpsc::UnboundedSender<ReaderEvent>,
+    ) -> Result<Self, ConfigError> {
+        let device = Device::new(config)?;
+        let events = mpsc::channel(MOST_EVENTS);
+        let mut sources = sources.into_iter();
+        let slots: Vec<_> = device
+            .slots()
+            .map(|slot| {
+                let source = sources.next().flatten()?;
+                let (jobs, queue) = mpsc::unbounded_channel();
+                tokio::spawn(SlotTask::new(slot, source, events.0.clone()).run(queue));
+                Some(jobs)
+            })
+            .collect();
+        let present = vec![false; slots.len()];
+        Ok(Self { device, slots, present, events, news, attached: false })
+    }
+
+    /// What speaks to it while it runs.
+    pub fn handle(&self) -> Handle {
+        Handle(self.events.0.clone())
+    }
+
+    /// Runs until [unplugged](Handle::unplug).
+    ///
+    /// # Errors
+    /// [`ChannelError`] when the carrier's endpoint is of no use.
+    pub async fn run(mut self, carrier: Carrier) -> Result<(), ChannelError> {
+        match carrier {
+            Carrier::Usbredir(channel) => self.run_usbredir(channel).await,
+            Carrier::Usbip(exports) => {
+                self.run_usbip(exports).await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn run_usbredir(&mut self, channel: Channel) -> Result<(), ChannelError> {
+        let (failed, mut failure) = oneshot::channel();
+        let events = self.events.0.clone();
+        let opener = tokio::spawn(async move {
+            if let Err(error) = connection::open_all(channel, events).await {
+                let _ = failed.send(error);
+            }
+        });
+        let mut session = Session::new();
+        let mut connections = Connections::default();
+        let mut leaving: Option<oneshot::Sender<()>> = None;
+        let mut leave_by = None;
+        loop {
+            self.carry_usbredir(&mut session, &mut connections);
+            self.tell_attached(session.is_attached());
+            if leaving.is_some() && (!session.is_attached() || !connections.any()) {
+                // The guest's side has the disconnect, or nobody is there to have it.
+                connections.flush().await;
+                opener.abort();
+                tell(leaving.take());
+                return Ok(());
+            }
+            let due = [self.device.next_deadline(), session.next_deadline(), leave_by];
+            let event = tokio::select! {
+                event = self.events.1.recv() => event,
+                Ok(error) = &mut failure => return Err(error),
+                () = sleep_until(due.into_iter().flatten().min()) => None,
+            };
+            let now = Instant::now();
+            let Some(event) = event else {
+                self.device.handle_deadline(now);
+                session.handle_deadline(now);
+                if leave_by.is_some_and(|at| at <= now) {
+                    opener.abort();
+                    tell(leaving.take());
+                    return Ok(());
+                }
+                continue;
+            };
+            match event {
+                Event::Slot(slot, event) => self.slot_event(slot, event, now),
+                Event::Stream(Stream::Connected(stream, done)) => {
+                    let id = connections.add(stream, done, &self.events.0);
+                    session.handle(usbredir::Input::Connected(ConnectionId(id)), &mut self.device, now);
+                }
+                Event::Stream(Stream::Received(id, bytes)) if connections.has(id) => {
+                    let input = usbredir::Input::Received(ConnectionId(id), bytes.expose());
+                    session.handle(input, &mut self.device, now);
+                }
+                Event::Stream(Stream::Lost(id)) if connections.remove(id) => {
+                    session.handle(usbredir::Input::Lost(ConnectionId(id)), &mut self.device, now);
+                }
+                Event::Stream(_) => {}
+                Event::Request(Request::Unplug(reply)) => {
+                    session.unplug(&mut self.device, now);
+                    leaving = Some(reply);
+                    leave_by = Some(now + connection::LAST_WORDS);
+                }
+                Event::Request(request) => self.request(request),
+            }
+        }
+    }
+
+    fn carry_usbredir(&mut self, session: &mut Session, connections: &mut Connections) {
+        loop {
+            self.act();
+            session.handle(usbredir::Input::DeviceReady, &mut self.device, Instant::now());
+            let mut moved = false;
+            while let Some(output) = session.poll_output() {
+                moved = true;
+                match output {
+                    usbredir::Output::Send(ConnectionId(id), bytes) => connections.send(id, bytes),
+                    usbredir::Output::Close(ConnectionId(id), reason) => {
+                        tracing::info!("connection closed: {reason}");
+                        connections.close(id);
+                        session.handle(
+                            usbredir::Input::Lost(ConnectionId(id)),
+                            &mut self.device,
+                            Instant::now(),
+                        );
+                    }
+                    usbredir::Output::Notice(notice) => tracing::info!("{notice}"),
+                }
+            }
+            for id in connections.overrun() {
+                tracing::warn!("connection closed: the VMM does not read");
+                connections.close(id);
+                let lost = usbredir::Input::Lost(ConnectionId(id));
+                session.handle(lost, &mut self.device, Instant::now());
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    async fn run_usbip(&mut self, mut exports: Exports) {
+        let mut connections = Connections::default();
+        let mut client: Option<(u64, Urbs)> = None;
+        loop {
+            self.carry_usbip(&mut client, &mut connections, &exports);
+            self.tell_attached(client.is_some());
+            let event = tokio::select! {
+                event = self.events.1.recv() => event,
+                Some((stream, rest)) = exports.imported() => {
+                    let (done, _) = oneshot::channel();
+                    let id = connections.add(stream, done, &self.events.0);
+                    tracing::info!("imported by a USB/IP client");
+                    let mut session = exports.urbs();
+                    session.handle(urbs::Input::Received(rest.expose()), &mut self.device, Instant::now());
+                    client = Some((id, session));
+                    continue;
+                }
+                () = sleep_until(self.device.next_deadline()) => None,
+            };
+            let now = Instant::now();
+            match event {
+                None => self.device.handle_deadline(now),
+                Some(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
+                Some(Event::Stream(Stream::Received(id, bytes))) => {
+                    if let Some((_, urbs)) = client.as_mut().filter(|(of, _)| *of == id) {
+                        urbs.handle(urbs::Input::Received(bytes.expose()), &mut self.device, now);
+                    }
+                }
+                Some(Event::Stream(Stream::Lost(id))) => {
+                    connections.remove(id);
+                    if let Some((_, mut urbs)) = client.take_if(|(of, _)| *of == id) {
+                        tracing::info!("USB/IP client gone");
+                        urbs.handle(urbs::Input::Gone, &mut self.device, now);
+                        exports.set_free();
+                    }
+                }
+                Some(Event::Stream(Stream::Connected(..))) => {}
+                Some(Event::Request(Request::Unplug(reply))) => {
+                    connections.flush().await;
+                    let _ = reply.send(());
+                    return;
+                }
+                Some(Event::Request(request)) => self.request(request),
+            }
+        }
+    }
+
+    fn carry_usbip(
+        &mut self,
+        client: &mut Option<(u64, Urbs)>,
+        connections: &mut Connections,
+        exports: &Exports,
+    ) {
+        loop {
+            self.act();
+            let Some((id, urbs)) = client else { return };
+            let id = *id;
+            urbs.handle(urbs::Input::DeviceReady, &mut self.device, Instant::now());
+            let (mut moved, mut closed) = (false, false);
+            while let Some(output) = urbs.poll_output() {
+                moved = true;
+                match output {
+                    urbs::Output::Send(bytes) => connections.send(id, bytes),
+                    urbs::Output::Notice(notice) => tracing::info!("{notice}"),
+                    urbs::Output::Close(reason) => {
+                        tracing::info!("connection closed: {reason}");
+                        closed = true;
+                    }
+                }
+            }
+            if !closed && connections.overrun().next().is_some() {
+                tracing::warn!("connection closed: the USB/IP client does not read");
+                urbs.handle(urbs::Input::Gone, &mut self.device, Instant::now());
+                closed = true;
+            }
+            if closed {
+                connections.close(id);
+                *client = None;
+                exports.set_free();
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    /// Hands the device's wishes to the slots' tasks.
+    fn act(&mut self) {
+        while let Some(action) = self.device.poll_action() {
+            let slot = usize::from(action.slot().0);
+            let job = match action {
+                Action::PowerOn { token, .. } => Job::PowerOn(token),
+                Action::PowerOff { .. } => Job::PowerOff,
+                Action::Transmit { token, command, .. } => Job::Transmit(token, command),
+            };
+            if let Some(Some(jobs)) = self.slots.get(slot) {
+                let _ = jobs.send(job);
+            }
+        }
+    }
+
+    fn slot_event(&mut self, slot: SlotId, event: SlotEvent, now: Instant) {
+        match event {
+            SlotEvent::Inserted => {
+                self.device.insert(slot, now);
+                self.set_present(slot, true);
+            }
+            SlotEvent::Removed => {
+                self.device.remove(slot, now);
+                self.set_present(slot, false);
+            }
+            SlotEvent::Completed(token, outcome) => self.device.complete(token, outcome, now),
+        }
+    }
+
+    fn set_present(&mut self, slot: SlotId, present: bool) {
+        if let Some(known) = self.present.get_mut(usize::from(slot.0)) {
+            *known = present;
+        }
+        let event = if present { ReaderEvent::Inserted(slot) } else { ReaderEvent::Removed(slot) };
+        let _ = self.news.send(event);
+    }
+
+    fn tell_attached(&mut self, attached: bool) {
+        if attached != self.attached {
+            self.attached = attached;
+            let event = if attached { ReaderEvent::Attached } else { ReaderEvent::Detached };
+            let _ = self.news.send(event);
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::Query(reply) => {
+                let _ = reply.send(Status { attached: self.attached, cards: self.present.clone() });
+            }
+            Request::Eject(slot, ejected, reply) => {
+                let jobs = self.slots.get(usize::from(slot.0)).and_then(Option::as_ref);
+                let _ = reply.send(jobs.is_some_and(|jobs| jobs.send(Job::Eject(ejected)).is_ok()));
+            }
+            Request::Unplug(reply) => tell(Some(reply)),
+        }
+    }
+}
+
+/// Whoever asked may have given up.
+fn tell(asked: Option<oneshot::Sender<()>>) {
+    if let Some(reply) = asked {
+        let _ = reply.send(());
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

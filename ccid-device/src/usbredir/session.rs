@@ -1,0 +1,982 @@
+//! A device's session with a guest, and the connections it runs on.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use thiserror::Error;
+use vscard_protocol::Secret;
+use zeroize::Zeroizing;
+
+use super::codec::{
+    Caps, Control, DecodeError, Decoder, DeviceConnect, EpInfo, EpPlace, InterfaceInfo, PacketType, Reply,
+    Request, RequestBody, Status, Transfer, encode,
+};
+use super::endpoint::{BulkIn, InterruptIn, MOST_PENDING, Pending};
+use crate::{ControlOutcome, Device, EndpointKind, InOutcome, Setup, Speed, Topology, TransferOutcome};
+
+/// Connections at a time: the one in use and one that has not said anything yet.
+const MOST_CONNECTIONS: usize = 2;
+/// Bytes that may wait in [`Session::poll_output`]. A peer that does not read what it asked for is left.
+const MOST_OUTPUT: usize = 4 << 20;
+/// Things told about one session's nonsense.
+const MOST_TOLD: u32 = 32;
+/// Packets kept, should the QEMU they went to have stopped before it read them.
+const MOST_UNREAD: usize = 256;
+/// Bytes of them.
+const MOST_UNREAD_BYTES: usize = 512 * 1024;
+/// Notifications sent to one endpoint at a time.
+const MOST_NOTIFICATIONS: usize = 16;
+
+/// Names a connection; chosen by the caller, never twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConnectionId(pub u64);
+
+/// What happens to a [`Session`].
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// There is a connection, made or accepted. Nothing is sent before its first packet.
+    Connected(ConnectionId),
+    /// Bytes from the peer, 64 KiB at most; the output is to be written before the next are read.
+    Received(ConnectionId, &'a [u8]),
+    /// The connection is gone. The session stays, for one that may continue it.
+    Lost(ConnectionId),
+    /// The device may have something for the guest.
+    DeviceReady,
+}
+
+/// What a [`Session`] wants done.
+#[derive(Debug)]
+pub enum Output {
+    /// Write these bytes, in one piece.
+    Send(ConnectionId, Secret),
+    /// Write what is to be written, then close the connection. Nothing comes for it after this.
+    Close(ConnectionId, CloseReason),
+    /// Tell the user.
+    Notice(Notice),
+}
+
+/// News about a session.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Notice {
+    /// A new session.
+    #[error("connected to {version:?}")]
+    Connected {
+        /// What the peer says it is.
+        version: String,
+    },
+    /// The peer is too old for some controllers.
+    #[error("the VMM's usbredir is old: only a UHCI or EHCI controller takes the reader")]
+    OldPeer,
+    /// The guest came over from another connection.
+    #[error("the guest has migrated here and goes on")]
+    Continued,
+    /// The connection in use is gone.
+    #[error("connection lost")]
+    Lost,
+    /// The guest's side does not take the device.
+    #[error("the VMM refused the reader: a filter, or a controller of another speed")]
+    Rejected,
+    /// A packet that no guest's side sends, or that makes no sense now.
+    #[error("unexpected {0} packet from the VMM ignored")]
+    Unexpected(PacketType),
+    /// A packet that cannot be read.
+    #[error("packet ignored: {0}")]
+    BadPacket(DecodeError),
+    /// A request to an endpoint that cannot do it; it was refused.
+    #[error("{kind} packet to endpoint {endpoint:#04x}, which cannot do that, refused")]
+    BadEndpoint {
+        /// Type of the packet.
+        kind: PacketType,
+        /// The endpoint's address.
+        endpoint: u8,
+    },
+    /// A transfer longer than any message; it was refused.
+    #[error("transfer to endpoint {endpoint:#04x} refused: too long")]
+    TooLong {
+        /// The endpoint's address.
+        endpoint: u8,
+    },
+    /// An IN transfer beyond what may wait; it was refused.
+    #[error("more than {MOST_PENDING} transfers wait at endpoint {endpoint:#04x}; refused")]
+    TooManyPending {
+        /// The endpoint's address.
+        endpoint: u8,
+    },
+    /// There was too much of this.
+    #[error("more of this from the VMM is not told")]
+    Muted,
+}
+
+/// Why a connection is closed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CloseReason {
+    /// One is in use, another waits for its first packet.
+    #[error("the reader has two connections already")]
+    TooMany,
+    /// The first packet is no hello, and there is no session to continue.
+    #[error("the first packet is no usbredir hello, and there is no session that it could continue")]
+    NotHello,
+    /// A second hello.
+    #[error("a second hello in one connection")]
+    SecondHello,
+    /// Another connection said hello.
+    #[error("replaced by a new connection")]
+    Replaced,
+    /// Another connection continues the session.
+    #[error("the guest has migrated")]
+    Migrated,
+    /// The stream cannot be followed.
+    #[error("cannot follow the VMM: {0}")]
+    Decode(DecodeError),
+    /// The peer asks without reading the answers.
+    #[error("the VMM does not read what it asked for")]
+    NotRead,
+}
+
+/// One device's side of usbredir: a session with a guest, and up to two connections.
+///
+/// The shell passes connections' events in, and does what [`poll_output`](Self::poll_output) says after each call.
+///
+/// ```
+/// use std::time::Instant;
+/// use ccid_device::usbredir::{ConnectionId, Input, Output, Session};
+/// use ccid_device::{Device, DeviceConfig};
+///
+/// let now = Instant::now();
+/// let mut device = Device::new(DeviceConfig::new("vm1"))?;
+/// let mut session = Session::new();
+/// session.handle(Input::Connected(ConnectionId(1)), &mut device, now);
+/// assert!(session.poll_output().is_none(), "the guest's side speaks first");
+///
+/// // Its hello: type 0, 68 bytes, id 0, version, capabilities.
+/// let mut hello = vec![0; 80];
+/// hello[4] = 68;
+/// hello[76] = 0x7E;
+/// session.handle(Input::Received(ConnectionId(1), &hello), &mut device, now);
+/// let sent = std::iter::from_fn(|| session.poll_output()).filter(|output| matches!(output, Output::Send(..)));
+/// assert_eq!(sent.count(), 4, "hello, ep_info, interface_info, device_connect");
+/// # Ok::<(), ccid_device::ConfigError>(())
+/// ```
+pub struct Session {
+    output: VecDeque<Output>,
+    /// Bytes in `output`.
+    output_bytes: usize,
+    /// Connections that have not sent enough to be judged.
+    waiting: Vec<Waiting>,
+    active: Option<ConnectionId>,
+    /// What the guest's side and we have agreed on. It outlives the connection.
+    guest: Option<Guest>,
+    plugged: bool,
+}
+
+/// A connection whose first packet has not come.
+struct Waiting {
+    connection: ConnectionId,
+    /// Its first bytes.
+    prefix: Zeroizing<Vec<u8>>,
+}
+
+/// Whether a device is attached to the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attachment {
+    None,
+    Attached,
+    /// Attached as far as the guest's side knows, which could not be told yet.
+    Gone,
+    /// The guest's side has been told and has not acknowledged.
+    Leaving,
+    /// Refused; another attempt would end the same way.
+    Rejected,
+}
+
+/// A session with a guest.
+struct Guest {
+    decoder: Decoder,
+    /// What both can, once the hello has come.
+    caps: Option<Caps>,
+    topology: Topology,
+    attachment: Attachment,
+    bulk_in: Vec<BulkIn>,
+    interrupts: Vec<InterruptIn>,
+    unread: Unread,
+    told: u32,
+}
+
+impl Guest {
+    fn new(topology: Topology) -> Self {
+        let of_kind = |kind| {
+            let endpoints = topology.interfaces.iter().flat_map(|interface| interface.endpoints);
+            endpoints.filter(move |endpoint| endpoint.kind == kind && is_in(endpoint.address))
+        };
+        Self {
+            decoder: Decoder::new(),
+            caps: None,
+            attachment: Attachment::None,
+            bulk_in: of_kind(EndpointKind::Bulk).map(|endpoint| BulkIn::new(endpoint.address)).collect(),
+            interrupts: of_kind(EndpointKind::Interrupt)
+                .map(|endpoint| InterruptIn::new(endpoint.address))
+                .collect(),
+            topology,
+            unread: Unread::default(),
+            told: 0,
+        }
+    }
+
+    fn is_bulk_out(&self, address: u8) -> bool {
+        let mut endpoints = self.topology.interfaces.iter().flat_map(|interface| interface.endpoints);
+        endpoints.any(|place| place.address == address && place.kind == EndpointKind::Bulk && !is_in(address))
+    }
+
+    /// Whether the endpoint belongs to that interface.
+    fn is_of_interface(&self, address: u8, number: u16) -> bool {
+        let mut interfaces = self.topology.interfaces.iter();
+        interfaces.any(|interface| {
+            u16::from(interface.number) == number
+                && interface.endpoints.iter().any(|endpoint| endpoint.address == address)
+        })
+    }
+}
+
+/// Whether an endpoint's address, or a request's type, is of the direction towards the guest (USB 2.0 §9.6.6).
+fn is_in(address: u8) -> bool {
+    address & 0x80 != 0
+}
+
+/// Packets that nothing shows to have been read: there has been no sign of life since they were sent.
+#[derive(Default)]
+struct Unread {
+    /// The id of the request, for an answer; the bytes.
+    packets: VecDeque<(Option<u64>, Secret)>,
+    bytes: usize,
+}
+
+impl Unread {
+    fn push(&mut self, id: Option<u64>, packet: &Secret) {
+        self.bytes += packet.len();
+        self.packets.push_back((id, packet.clone()));
+        while self.packets.len() > MOST_UNREAD || self.bytes > MOST_UNREAD_BYTES {
+            let Some((_, packet)) = self.packets.pop_front() else { return };
+            self.bytes -= packet.len();
+        }
+    }
+}
+
+/// What the first bytes of a connection are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    /// More are needed.
+    Unknown,
+    /// A new session.
+    Hello,
+    /// Something of a session that goes on.
+    Packet,
+    /// Nothing.
+    Garbage,
+}
+
+impl First {
+    /// Bytes that are always enough.
+    const ENOUGH: usize = 8;
+
+    /// At the beginning of a packet.
+    fn judge(prefix: &[u8]) -> Self {
+        match prefix.first_chunk().copied().map(u32::from_le_bytes) {
+            None => Self::Unknown,
+            Some(0) => Self::Hello,
+            // All types there are.
+            Some(1..=27 | 100..=104) => Self::Packet,
+            Some(_) => Self::Garbage,
+        }
+    }
+
+    /// When the last connection broke off within a packet, which may go on here. Decided as early as possible:
+    /// after the rest of the packet there may be silence.
+    fn judge_rest(prefix: &[u8]) -> Self {
+        // Type 0; a length of 64 and up to seven words.
+        let is_hello = |(index, byte): (usize, &u8)| match index {
+            4 => (64..96).contains(byte) && byte % 4 == 0,
+            _ => *byte == 0,
+        };
+        match prefix.len() {
+            _ if !prefix.iter().enumerate().all(is_hello) => Self::Packet,
+            Self::ENOUGH.. => Self::Hello,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Session {
+    /// A session without a guest and without a connection, with its device plugged in.
+    pub fn new() -> Self {
+        Self {
+            output: VecDeque::new(),
+            output_bytes: 0,
+            waiting: Vec::new(),
+            active: None,
+            guest: None,
+            plugged: true,
+        }
+    }
+
+    /// Takes what happened at `now`.
+    pub fn handle(&mut self, input: Input<'_>, device: &mut Device, now: Instant) {
+        match input {
+            Input::Connected(connection) => self.connected(connection),
+            Input::Received(connection, bytes) => self.received(connection, bytes, device, now),
+            Input::Lost(connection) => {
+                self.waiting.retain(|waiting| waiting.connection != connection);
+                if self.active == Some(connection) {
+                    self.active = None;
+                    self.notice(Notice::Lost);
+                }
+            }
+            Input::DeviceReady => {}
+        }
+        self.serve(device, now);
+        self.check_output(device, now);
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        let output = self.output.pop_front()?;
+        if let Output::Send(_, bytes) = &output {
+            self.output_bytes -= bytes.len();
+        }
+        Some(output)
+    }
+
+    /// When [`handle_deadline`](Self::handle_deadline) is to be called next. Only old answers are waiting for it,
+    /// to be wiped.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.guest.iter().flat_map(|guest| &guest.bulk_in).filter_map(BulkIn::next_deadline).min()
+    }
+
+    /// Does what is due at `now`.
+    pub fn handle_deadline(&mut self, now: Instant) {
+        for endpoint in self.guest.iter_mut().flat_map(|guest| &mut guest.bulk_in) {
+            endpoint.expire(now);
+        }
+    }
+
+    /// Whether a guest has the device, as far as is known. While the connection is lost it may still have.
+    pub fn is_attached(&self) -> bool {
+        self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::Attached)
+    }
+
+    /// Takes the device out of the guest, and resets it. The connection stays, for [`plug`](Self::plug).
+    pub fn unplug(&mut self, device: &mut Device, now: Instant) {
+        self.plugged = false;
+        device.reset(now);
+        if let Some(guest) = &mut self.guest {
+            match guest.attachment {
+                Attachment::Attached => guest.attachment = Attachment::Gone,
+                Attachment::Rejected => guest.attachment = Attachment::None,
+                Attachment::None | Attachment::Gone | Attachment::Leaving => {}
+            }
+        }
+        self.settle_attachment();
+    }
+
+    /// Puts the device into the guest, at once or as soon as there is one that has seen it go.
+    pub fn plug(&mut self) {
+        self.plugged = true;
+        self.settle_attachment();
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_plugged(&self) -> bool {
+        self.plugged
+    }
+
+    /// Number and bytes of the answers kept for each endpoint.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> Vec<(usize, usize)> {
+        self.guest.iter().flat_map(|guest| &guest.bulk_in).map(BulkIn::kept).collect()
+    }
+
+    // ---- connections ------------------------------------------------------------------------------------
+
+    fn connected(&mut self, connection: ConnectionId) {
+        if self.waiting.len() + usize::from(self.active.is_some()) >= MOST_CONNECTIONS {
+            return self.close(connection, CloseReason::TooMany);
+        }
+        self.waiting.push(Waiting { connection, prefix: Zeroizing::new(Vec::with_capacity(First::ENOUGH)) });
+    }
+
+    fn received(&mut self, connection: ConnectionId, bytes: &[u8], device: &mut Device, now: Instant) {
+        if self.active == Some(connection) {
+            if let Some(guest) = &mut self.guest {
+                // Whoever writes has read, or will.
+                guest.unread = Unread::default();
+            }
+            return self.packets(bytes, &mut Unread::default(), device, now);
+        }
+        let Some(index) = self.waiting.iter().position(|waiting| waiting.connection == connection) else {
+            return;
+        };
+        let Some(waiting) = self.waiting.get_mut(index) else { return };
+        let missing = First::ENOUGH - waiting.prefix.len();
+        let (prefix, rest) = bytes.split_at(missing.min(bytes.len()));
+        waiting.prefix.extend_from_slice(prefix);
+        let old = self.guest.as_mut().filter(|guest| guest.caps.is_some());
+        let first = match &old {
+            Some(guest) if guest.decoder.in_packet() => First::judge_rest(&waiting.prefix),
+            _ => First::judge(&waiting.prefix),
+        };
+        if first == First::Unknown {
+            return;
+        }
+        let mut unread = Unread::default();
+        let reason = match (first, old) {
+            (First::Hello, _) => CloseReason::Replaced,
+            (First::Packet, Some(guest)) => {
+                unread = std::mem::take(&mut guest.unread);
+                CloseReason::Migrated
+            }
+            _ => {
+                self.waiting.remove(index);
+                return self.close(connection, CloseReason::NotHello);
+            }
+        };
+        let prefix = self.waiting.remove(index).prefix;
+        self.leave(reason);
+        self.active = Some(connection);
+        if first == First::Hello {
+            device.reset(now);
+            self.guest = Some(Guest::new(device.topology()));
+        } else {
+            self.notice(Notice::Continued);
+        }
+        self.packets(&prefix, &mut unread, device, now);
+        self.packets(rest, &mut unread, device, now);
+        // After its first packets: what they ask for anew must not be answered by what is repeated.
+        for (request, packet) in unread.packets {
+            self.send_bytes(request, packet, true);
+        }
+        self.settle_attachment();
+    }
+
+    /// Packets of the connection in use; `unread` is what will be repeated on it.
+    fn packets(&mut self, mut bytes: &[u8], unread: &mut Unread, device: &mut Device, now: Instant) {
+        while self.active.is_some() {
+            let decoded = self.guest.as_mut().and_then(|guest| guest.decoder.decode(&mut bytes));
+            let Some(decoded) = decoded else { break };
+            match decoded {
+                Ok(request) => {
+                    if !matches!(request.body, RequestBody::Cancel) {
+                        unread.packets.retain(|(id, _)| *id != Some(request.id));
+                        self.give_back(device);
+                    }
+                    self.request(request, device, now);
+                    self.serve(device, now);
+                }
+                Err(error) if error.is_fatal() => {
+                    return self.abandon(CloseReason::Decode(error), device, now);
+                }
+                Err(error) => self.tell(Notice::BadPacket(error)),
+            }
+            self.check_output(device, now);
+        }
+        self.give_back(device);
+    }
+
+    /// Closes the connection in use; the session goes on.
+    fn leave(&mut self, reason: CloseReason) {
+        if let Some(connection) = self.active.take() {
+            self.close(connection, reason);
+        }
+    }
+
+    /// Ends the session, and with it the connection in use: nothing can continue it.
+    fn abandon(&mut self, reason: CloseReason, device: &mut Device, now: Instant) {
+        self.leave(reason);
+        self.guest = None;
+        device.reset(now);
+    }
+
+    fn close(&mut self, connection: ConnectionId, reason: CloseReason) {
+        self.output.push_back(Output::Close(connection, reason));
+    }
+
+    fn check_output(&mut self, device: &mut Device, now: Instant) {
+        if self.output_bytes > MOST_OUTPUT {
+            self.abandon(CloseReason::NotRead, device, now);
+        }
+    }
+
+    // ---- attaching --------------------------------------------------------------------------------------
+
+    /// Makes the guest's side know whether the device is plugged in, as far as is possible now.
+    fn settle_attachment(&mut self) {
+        let Some(guest) = &mut self.guest else { return };
+        let (Some(_), Some(caps)) = (self.active, guest.caps) else { return };
+        if guest.attachment == Attachment::Gone {
+            let acknowledged = caps.has(Caps::DISCONNECT_ACK);
+            guest.attachment = if acknowledged { Attachment::Leaving } else { Attachment::None };
+            self.forget_transfers();
+            self.send_as(0, &Reply::DeviceDisconnect);
+        }
+        let Some(guest) = &mut self.guest else { return };
+        if self.plugged && guest.attachment == Attachment::None {
+            guest.attachment = Attachment::Attached;
+            let topology = guest.topology.clone();
+            self.describe();
+            self.send_as(
+                0,
+                &Reply::DeviceConnect(DeviceConnect {
+                    speed: match topology.speed {
+                        Speed::Full => 1,
+                        Speed::High => 2,
+                    },
+                    class: topology.class,
+                    vendor: topology.vendor_id,
+                    product: topology.product_id,
+                    version: topology.device_version,
+                }),
+            );
+        }
+    }
+
+    /// Sends what the guest's side needs to know of endpoints and interfaces.
+    fn describe(&mut self) {
+        let Some(Guest { topology, .. }) = &self.guest else { return };
+        let mut endpoints = EpInfo::new(topology.control_packet.into());
+        for interface in &topology.interfaces {
+            for endpoint in interface.endpoints {
+                let place = EpPlace {
+                    kind: match endpoint.kind {
+                        EndpointKind::Bulk => 2,
+                        EndpointKind::Interrupt => 3,
+                    },
+                    interval: endpoint.interval,
+                    interface: interface.number,
+                    max_packet_size: endpoint.max_packet,
+                };
+                endpoints.set(endpoint.address, place);
+            }
+        }
+        let interfaces = topology.interfaces.iter().map(|interface| {
+            let [class, subclass, protocol] = interface.class;
+            [interface.number, class, subclass, protocol]
+        });
+        let interfaces = InterfaceInfo(interfaces.collect());
+        self.send_as(0, &Reply::EpInfo(&endpoints));
+        self.send_as(0, &Reply::InterfaceInfo(&interfaces));
+    }
+
+    /// All begins anew: what waits is answered as cancelled, no notifications flow.
+    fn forget_transfers(&mut self) {
+        self.cancel_waiting(None);
+        for place in self.guest.iter_mut().flat_map(|guest| &mut guest.interrupts) {
+            place.forget();
+        }
+    }
+
+    /// Answers all that waits, of one interface or of all, as cancelled: the device has forgotten it.
+    fn cancel_waiting(&mut self, interface: Option<u16>) {
+        let Some(guest) = &mut self.guest else { return };
+        let mut places = std::mem::take(&mut guest.bulk_in);
+        let mut waiting = Vec::new();
+        for place in &mut places {
+            if interface.is_none_or(|number| guest.is_of_interface(place.address, number)) {
+                place.forget_answers();
+                waiting.extend(place.pending.drain(..).map(|pending| (place.address, pending)));
+            }
+        }
+        guest.bulk_in = places;
+        for (endpoint, pending) in waiting {
+            self.answer_bulk_in(endpoint, pending, Status::CANCELLED, &[]);
+        }
+    }
+
+    // ---- requests ---------------------------------------------------------------------------------------
+
+    fn request(&mut self, Request { id, body }: Request, device: &mut Device, now: Instant) {
+        let Some(guest) = &mut self.guest else { return };
+        let attached = guest.attachment == Attachment::Attached;
+        match body {
+            RequestBody::Hello { .. } if guest.caps.is_some() => {
+                self.abandon(CloseReason::SecondHello, device, now);
+            }
+            RequestBody::Hello { caps, version } => self.hello(caps, version),
+            RequestBody::Filter => {}
+            RequestBody::Other(kind) => self.tell(Notice::Unexpected(kind)),
+            RequestBody::DisconnectAck if guest.attachment == Attachment::Leaving => {
+                guest.attachment = Attachment::None;
+                self.settle_attachment();
+            }
+            RequestBody::DisconnectAck => self.tell(Notice::Unexpected(PacketType::DEVICE_DISCONNECT_ACK)),
+            RequestBody::FilterReject if attached => {
+                guest.attachment = Attachment::Rejected;
+                self.forget_transfers();
+                device.reset(now);
+                self.notice(Notice::Rejected);
+            }
+            RequestBody::FilterReject => {}
+            RequestBody::Cancel => self.cancel(id),
+            RequestBody::Reset => {
+                if attached {
+                    self.forget_transfers();
+                    device.reset(now);
+                }
+            }
+            RequestBody::SetConfiguration(value) => {
+                let setup = setup(0x00, standard::SET_CONFIGURATION, value.into(), 0, 0);
+                let status = self.change(attached, setup, device, now);
+                let configuration = if attached { device.configuration() } else { 0 };
+                self.send(id, &Reply::ConfigurationStatus { status, configuration });
+            }
+            RequestBody::GetConfiguration if attached => {
+                let (status, configuration) = (Status::SUCCESS, device.configuration());
+                self.send(id, &Reply::ConfigurationStatus { status, configuration });
+            }
+            RequestBody::GetConfiguration => {
+                self.send(id, &Reply::ConfigurationStatus { status: Status::IO_ERROR, configuration: 0 });
+            }
+            RequestBody::SetAltSetting { interface, alt } => {
+                let setup = setup(0x01, standard::SET_INTERFACE, alt.into(), interface.into(), 0);
+                let status = self.change(attached, setup, device, now);
+                self.send(id, &Reply::AltSettingStatus { status, interface, alt });
+            }
+            RequestBody::GetAltSetting { interface } => {
+                let setup = setup(0x81, standard::GET_INTERFACE, 0, interface.into(), 1);
+                let (status, alt) = match self.control(attached, setup, &[], device, now) {
+                    Ok(answer) => (Status::SUCCESS, answer.first().copied().unwrap_or(0)),
+                    Err(status) => (status, 0),
+                };
+                self.send(id, &Reply::AltSettingStatus { status, interface, alt });
+            }
+            RequestBody::StartInterruptReceiving { endpoint } => {
+                let place = guest.interrupts.iter_mut().find(|place| place.address == endpoint);
+                let status = match place {
+                    Some(place) if attached => {
+                        place.start();
+                        Status::SUCCESS
+                    }
+                    Some(_) => Status::IO_ERROR,
+                    None => self.bad_endpoint(PacketType::START_INTERRUPT_RECEIVING, endpoint),
+                };
+                self.send(id, &Reply::InterruptReceivingStatus { status, endpoint });
+            }
+            RequestBody::StopInterruptReceiving { endpoint } => {
+                let place = guest.interrupts.iter_mut().find(|place| place.address == endpoint);
+                let status = match place {
+                    Some(place) => {
+                        place.stop(device, now);
+                        Status::SUCCESS
+                    }
+                    None => self.bad_endpoint(PacketType::STOP_INTERRUPT_RECEIVING, endpoint),
+                };
+                self.send(id, &Reply::InterruptReceivingStatus { status, endpoint });
+            }
+            RequestBody::Control(header, data) => {
+                self.control_packet(id, attached, header, &data, device, now)
+            }
+            RequestBody::Bulk { endpoint, stream, transfer: Transfer::In(length) } => {
+                self.bulk_in(attached, endpoint, Pending { id, stream, length });
+            }
+            RequestBody::Bulk { endpoint, stream, transfer } => {
+                let (status, length) = self.bulk_out(attached, endpoint, &transfer, device, now);
+                self.send(id, &Reply::BulkOut { endpoint, stream, status, length });
+            }
+            RequestBody::Interrupt { endpoint } => {
+                let status = self.bad_endpoint(PacketType::INTERRUPT_PACKET, endpoint);
+                self.send(id, &Reply::InterruptOut { endpoint, status });
+            }
+        }
+    }
+
+    fn hello(&mut self, theirs: Caps, version: String) {
+        self.send_as(0, &Reply::Hello);
+        let caps = Caps::OURS.and(theirs);
+        if let Some(guest) = &mut self.guest {
+            guest.decoder.agree(caps);
+            guest.caps = Some(caps);
+        }
+        self.notice(Notice::Connected { version });
+        if !caps.has(Caps::FOR_XHCI) {
+            self.notice(Notice::OldPeer);
+        }
+        self.settle_attachment();
+    }
+
+    fn cancel(&mut self, id: u64) {
+        let Some(guest) = &mut self.guest else { return };
+        let waiting = guest.bulk_in.iter_mut().find_map(|place| Some((place.address, place.cancel(id)?)));
+        match waiting {
+            Some((endpoint, pending)) => self.answer_bulk_in(endpoint, pending, Status::CANCELLED, &[]),
+            None => guest.bulk_in.iter_mut().for_each(|place| place.lose(id)),
+        }
+    }
+
+    /// A change of configuration or of an alternate setting. Once it is done, and before it is answered, the
+    /// guest's side is told all anew.
+    fn change(&mut self, attached: bool, setup: Setup, device: &mut Device, now: Instant) -> Status {
+        match self.control(attached, setup, &[], device, now) {
+            Ok(_) => {
+                self.describe();
+                Status::SUCCESS
+            }
+            Err(status) => status,
+        }
+    }
+
+    fn control_packet(
+        &mut self,
+        id: u64,
+        attached: bool,
+        header: Control,
+        data: &Secret,
+        device: &mut Device,
+        now: Instant,
+    ) {
+        let Control { endpoint, request, request_type, value, index, length } = header;
+        let setup = Setup { request_type, request, value, index, length };
+        let outcome = if endpoint & 0x7F != 0 || is_in(endpoint) != is_in(request_type) {
+            Err(self.bad_endpoint(PacketType::CONTROL_PACKET, endpoint))
+        } else {
+            self.control(attached, setup, data.expose(), device, now)
+        };
+        let (status, answer) = match outcome {
+            Ok(answer) => (Status::SUCCESS, answer),
+            Err(status) => (status, Vec::new()),
+        };
+        let (length, answer) = match (is_in(endpoint), status) {
+            (true, _) => {
+                let answer = answer.get(..length.into()).unwrap_or(&answer);
+                (answer.len() as u16, answer)
+            }
+            (false, Status::SUCCESS) => (length, &[][..]),
+            (false, _) => (0, &[][..]),
+        };
+        self.send(id, &Reply::Control { header: Control { length, ..header }, status, data: answer });
+    }
+
+    /// Gives a control request to the device, and follows what it changes there. SET_CONFIGURATION and
+    /// SET_INTERFACE have packet types of their own, but mean the same if they come as any other request.
+    fn control(
+        &mut self,
+        attached: bool,
+        setup: Setup,
+        data: &[u8],
+        device: &mut Device,
+        now: Instant,
+    ) -> Result<Vec<u8>, Status> {
+        if !attached {
+            return Err(Status::IO_ERROR);
+        }
+        let outcome = device.control(setup, data, now);
+        match (setup.request_type, setup.request, &outcome) {
+            // Done or not, QEMU takes receiving for stopped.
+            (0x00, standard::SET_CONFIGURATION, _) => self.forget_transfers(),
+            (0x01, standard::SET_INTERFACE, ControlOutcome::Done(_)) => {
+                self.cancel_waiting(Some(setup.index))
+            }
+            (0x02, standard::CLEAR_FEATURE, ControlOutcome::Done(_))
+                if setup.value == standard::ENDPOINT_HALT =>
+            {
+                for place in self.guest.iter_mut().flat_map(|guest| &mut guest.bulk_in) {
+                    if u16::from(place.address) == setup.index {
+                        place.forget_answers();
+                    }
+                }
+            }
+            _ => {}
+        }
+        match outcome {
+            ControlOutcome::Done(answer) => Ok(answer),
+            ControlOutcome::Stall => Err(Status::STALL),
+        }
+    }
+
+    fn bulk_in(&mut self, attached: bool, endpoint: u8, pending: Pending) {
+        let Some(guest) = &mut self.guest else { return };
+        guest.bulk_in.iter_mut().for_each(|place| place.is_over(pending.id));
+        let refused = match guest.bulk_in.iter_mut().find(|place| place.address == endpoint) {
+            _ if !attached => Status::IO_ERROR,
+            Some(place) if place.pending.len() < MOST_PENDING => return place.pending.push_back(pending),
+            Some(_) => {
+                self.tell(Notice::TooManyPending { endpoint });
+                Status::INVALID
+            }
+            None => self.bad_endpoint(PacketType::BULK_PACKET, endpoint),
+        };
+        self.answer_bulk_in(endpoint, pending, refused, &[]);
+    }
+
+    fn bulk_out(
+        &mut self,
+        attached: bool,
+        endpoint: u8,
+        transfer: &Transfer,
+        device: &mut Device,
+        now: Instant,
+    ) -> (Status, u32) {
+        if !attached {
+            return (Status::IO_ERROR, 0);
+        }
+        if !self.guest.as_ref().is_some_and(|guest| guest.is_bulk_out(endpoint)) {
+            return (self.bad_endpoint(PacketType::BULK_PACKET, endpoint), 0);
+        }
+        let Transfer::Out(data) = transfer else {
+            self.tell(Notice::TooLong { endpoint });
+            // As with everything else that is no message: the endpoint is halted.
+            device.control(
+                setup(0x02, standard::SET_FEATURE, standard::ENDPOINT_HALT, endpoint.into(), 0),
+                &[],
+                now,
+            );
+            return (Status::STALL, 0);
+        };
+        match device.bulk_out(endpoint, data.expose(), now) {
+            TransferOutcome::Accepted => (Status::SUCCESS, data.len() as u32),
+            TransferOutcome::Stall => (Status::STALL, 0),
+        }
+    }
+
+    fn bad_endpoint(&mut self, kind: PacketType, endpoint: u8) -> Status {
+        self.tell(Notice::BadEndpoint { kind, endpoint });
+        Status::INVALID
+    }
+
+    // ---- what the device has for the guest ---------------------------------------------------------------
+
+    /// Gives answers that were lost back to the device.
+    fn give_back(&mut self, device: &mut Device) {
+        for place in self.guest.iter_mut().flat_map(|guest| &mut guest.bulk_in) {
+            place.give_back(device);
+        }
+    }
+
+    /// Answers who waits, with what there is.
+    fn serve(&mut self, device: &mut Device, now: Instant) {
+        let Some(guest) = &self.guest else { return };
+        if self.active.is_none() || guest.attachment != Attachment::Attached {
+            return;
+        }
+        for index in 0..guest.bulk_in.len() {
+            while self.serve_bulk(index, device, now).is_some() {}
+        }
+        for index in 0..self.guest.as_ref().map_or(0, |guest| guest.interrupts.len()) {
+            for _ in 0..MOST_NOTIFICATIONS {
+                if self.notify(index, device, now).is_none() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Answers the transfer that has waited longest; `None` if there is none, or nothing to answer it with.
+    fn serve_bulk(&mut self, index: usize, device: &mut Device, now: Instant) -> Option<()> {
+        let place = self.guest.as_mut()?.bulk_in.get_mut(index)?;
+        let pending = *place.pending.front()?;
+        let (endpoint, outcome) = (place.address, device.bulk_in(place.address, pending.length as usize));
+        if !matches!(outcome, InOutcome::Nothing) {
+            place.pending.pop_front();
+        }
+        match outcome {
+            InOutcome::Data(data) => {
+                self.answer_bulk_in(endpoint, pending, Status::SUCCESS, data.expose());
+                // One that wants nothing takes nothing from the device.
+                if pending.length > 0 {
+                    self.guest.as_mut()?.bulk_in.get_mut(index)?.answered(pending.id, data, now);
+                }
+            }
+            InOutcome::Nothing => return None,
+            InOutcome::Stall => self.answer_bulk_in(endpoint, pending, Status::STALL, &[]),
+        }
+        Some(())
+    }
+
+    /// Sends a notification; `None` if there is none, or nobody to receive it.
+    fn notify(&mut self, index: usize, device: &mut Device, now: Instant) -> Option<()> {
+        let place = self.guest.as_mut()?.interrupts.get_mut(index)?;
+        if !place.receiving {
+            return None;
+        }
+        let endpoint = place.address;
+        match device.interrupt_in(endpoint) {
+            InOutcome::Data(data) => {
+                let id = place.sending(now);
+                let status = Status::SUCCESS;
+                self.send_as(id, &Reply::InterruptIn { endpoint, status, data: data.expose() });
+                Some(())
+            }
+            InOutcome::Nothing => None,
+            InOutcome::Stall => {
+                // The guest's side knows by this that receiving has stopped, and starts it again.
+                place.receiving = false;
+                self.send_as(0, &Reply::InterruptReceivingStatus { status: Status::STALL, endpoint });
+                None
+            }
+        }
+    }
+
+    // ---- sending ----------------------------------------------------------------------------------------
+
+    fn answer_bulk_in(&mut self, endpoint: u8, pending: Pending, status: Status, data: &[u8]) {
+        let Pending { id, stream, .. } = pending;
+        self.send(id, &Reply::BulkIn { endpoint, stream, status, data });
+    }
+
+    /// Answers the request of that id.
+    fn send(&mut self, id: u64, reply: &Reply<'_>) {
+        self.send_packet(Some(id), id, reply);
+    }
+
+    /// Sends what no request asked for.
+    fn send_as(&mut self, id: u64, reply: &Reply<'_>) {
+        self.send_packet(None, id, reply);
+    }
+
+    fn send_packet(&mut self, request: Option<u64>, id: u64, reply: &Reply<'_>) {
+        let caps = self.guest.as_ref().and_then(|guest| guest.caps).unwrap_or_default();
+        let is_hello = matches!(reply, Reply::Hello);
+        self.send_bytes(request, encode(id, reply, caps), !is_hello);
+    }
+
+    fn send_bytes(&mut self, request: Option<u64>, packet: Secret, repeatable: bool) {
+        let (Some(connection), Some(guest)) = (self.active, &mut self.guest) else { return };
+        if repeatable {
+            guest.unread.push(request, &packet);
+        }
+        self.output_bytes += packet.len();
+        self.output.push_back(Output::Send(connection, packet));
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.output.push_back(Output::Notice(notice));
+    }
+
+    /// A notice of something the peer can do over and over.
+    fn tell(&mut self, notice: Notice) {
+        let Some(guest) = &mut self.guest else { return };
+        guest.told = guest.told.saturating_add(1);
+        match guest.told {
+            ..MOST_TOLD => self.notice(notice),
+            MOST_TOLD => self.notice(Notice::Muted),
+            _ => {}
+        }
+    }
+}
+
+fn setup(request_type: u8, request: u8, value: u16, index: u16, length: u16) -> Setup {
+    Setup { request_type, request, value, index, length }
+}
+
+/// Requests that the session knows, too (USB 2.0 §9.4).
+mod standard {
+    pub(super) const CLEAR_FEATURE: u8 = 1;
+    pub(super) const SET_FEATURE: u8 = 3;
+    pub(super) const SET_CONFIGURATION: u8 = 9;
+    pub(super) const GET_INTERFACE: u8 = 10;
+    pub(super) const SET_INTERFACE: u8 = 11;
+    /// A feature of endpoints.
+    pub(super) const ENDPOINT_HALT: u16 = 0;
+}
