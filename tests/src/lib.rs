@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 pub mod database;
+pub mod echo;
+pub mod floor;
 pub mod guest;
 pub mod host;
 pub mod naive;

@@ -24,7 +24,10 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::codec::{self, DecodeError, Decoder};
-use crate::message::{Body, ErrorCode, Extension, Init, MAGIC, MAX_PAYLOAD, Message, MessageType, ReaderId};
+use crate::message::{
+    Body, ErrorCode, Extension, Init, MAGIC, MAX_EXTENDED_PAYLOAD, MAX_PAYLOAD, Message, MessageType,
+    ReaderId,
+};
 use crate::{Atr, Command, Response, Secret, StatusWord, apdu};
 
 /// How long the reply to a message of zeros may take before the stream is taken for misaligned.
@@ -718,8 +721,9 @@ impl Client {
         if !self.take_front(token) {
             return;
         }
-        let most =
-            self.extension.map_or(MOST_RESPONSE, |host| host.response.min(MAX_PAYLOAD as u32) as usize);
+        let most = self
+            .extension
+            .map_or(MOST_RESPONSE, |host| host.response.min(MAX_EXTENDED_PAYLOAD as u32) as usize);
         match response {
             Some(response) if response.as_bytes().len() <= most => self.send_response(&response),
             _ => {
@@ -742,7 +746,8 @@ impl Client {
 
     fn send(&mut self, reader: ReaderId, body: Body) {
         // Nothing sent here is above the limit: responses are held to it, all else is far below.
-        if let Ok(bytes) = codec::encode(&Message::new(reader, body)) {
+        let limit = if self.extension.is_some() { MAX_EXTENDED_PAYLOAD } else { MAX_PAYLOAD };
+        if let Ok(bytes) = codec::encode_up_to(limit, &Message::new(reader, body)) {
             self.output.push_back(Output::Send(bytes));
         }
     }

@@ -45,12 +45,14 @@ impl DecodeError {
 
 /// A payload that no message can carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("{kind} payload of {length} bytes is above the limit of {MAX_PAYLOAD}")]
+#[error("{kind} payload of {length} bytes is above the limit of {limit}")]
 pub struct EncodeError {
     /// Type of the message.
     pub kind: MessageType,
     /// Payload length, in bytes.
     pub length: usize,
+    /// The limit, in bytes.
+    pub limit: usize,
 }
 
 /// Writes `message` as bytes.
@@ -60,6 +62,11 @@ pub struct EncodeError {
 /// # Errors
 /// [`EncodeError`] for a payload above [`MAX_PAYLOAD`].
 pub fn encode(message: &Message) -> Result<Secret, EncodeError> {
+    encode_up_to(MAX_PAYLOAD, message)
+}
+
+/// The same with another limit, for a peer that speaks the extension.
+pub(crate) fn encode_up_to(limit: usize, message: &Message) -> Result<Secret, EncodeError> {
     let kind = message.body.message_type();
     let length = match &message.body {
         Body::Init(init) => 8 + 4 * init.capabilities.len(),
@@ -70,8 +77,8 @@ pub fn encode(message: &Message) -> Result<Secret, EncodeError> {
         Body::Apdu(apdu) => apdu.len(),
         Body::ReaderRemove | Body::CardRemove | Body::Flush | Body::FlushComplete | Body::PowerOff => 0,
     };
-    if length > MAX_PAYLOAD {
-        return Err(EncodeError { kind, length });
+    if length > limit {
+        return Err(EncodeError { kind, length, limit });
     }
     let mut out = Vec::with_capacity(HEADER + length);
     out.put_u32(kind.0);

@@ -12,7 +12,10 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::codec::{self, DecodeError, Decoder};
-use crate::message::{Body, ErrorCode, Extension, Init, MAGIC, MAX_PAYLOAD, Message, MessageType, ReaderId};
+use crate::message::{
+    Body, ErrorCode, Extension, Init, MAGIC, MAX_EXTENDED_PAYLOAD, MAX_PAYLOAD, Message, MessageType,
+    ReaderId,
+};
 use crate::{Atr, Command, Response, Secret};
 
 /// Longest command APDU sent to a client, in bytes: 5 + 255 + 1.
@@ -170,7 +173,7 @@ impl Host {
     /// A host on a stream that was just opened; a command fails after `deadline` without an answer.
     pub fn new(deadline: Duration) -> Self {
         Self {
-            decoder: Decoder::new(MAX_PAYLOAD),
+            decoder: Decoder::new(MAX_EXTENDED_PAYLOAD),
             deadline,
             output: VecDeque::new(),
             pending: VecDeque::new(),
@@ -201,7 +204,7 @@ impl Host {
             }
             Input::Transmit(token, command) => {
                 let longest = self.extension.map_or(MAX_COMMAND, |client| client.command as usize);
-                if command.as_bytes().len() > longest.min(MAX_PAYLOAD) {
+                if command.as_bytes().len() > longest.min(MAX_EXTENDED_PAYLOAD) {
                     self.output.push_back(Output::Failed(token, Failure::TooLong));
                 } else {
                     let apdu = Body::Apdu(Secret::from(command.as_bytes()));
@@ -371,7 +374,8 @@ impl Host {
 
     fn send(&mut self, reader: ReaderId, body: Body) {
         // Nothing sent here is above the limit: commands are held to it.
-        if let Ok(bytes) = codec::encode(&Message::new(reader, body)) {
+        let limit = if self.extension.is_some() { MAX_EXTENDED_PAYLOAD } else { MAX_PAYLOAD };
+        if let Ok(bytes) = codec::encode_up_to(limit, &Message::new(reader, body)) {
             self.output.push_back(Output::Send(bytes));
         }
     }

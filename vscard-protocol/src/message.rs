@@ -14,6 +14,8 @@ pub const HEADER: usize = 12;
 /// Longest payload QEMU's passthru device can take: its buffer is 65 536 bytes, header included. One byte more
 /// and it never reads again, not even from the next client.
 pub const MAX_PAYLOAD: usize = 65_536 - HEADER;
+/// Longest payload between two ends that speak the extension: an extended command in full.
+pub const MAX_EXTENDED_PAYLOAD: usize = crate::apdu::MAX_COMMAND;
 /// `VSCD`, the same bytes on every architecture.
 pub const MAGIC: [u8; 4] = *b"VSCD";
 
@@ -147,8 +149,9 @@ pub struct Extension {
 }
 
 impl Extension {
-    /// What fits into one message.
-    pub const FULL: Self = Self { command: MAX_PAYLOAD as u32, response: MAX_PAYLOAD as u32 };
+    /// Extended APDUs in full, 65 544 bytes of command and 65 538 of response.
+    pub const FULL: Self =
+        Self { command: crate::apdu::MAX_COMMAND as u32, response: crate::apdu::MAX_RESPONSE as u32 };
 }
 
 impl Init {

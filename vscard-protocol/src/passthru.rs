@@ -337,8 +337,8 @@ impl Server {
 }
 
 fn limits(client: Extension) -> Limits {
-    let most = |length: u32| length.min(Extension::FULL.command) as usize;
-    Limits { command: most(client.command), response: most(client.response) }
+    let (command, response) = (Extension::FULL.command, Extension::FULL.response);
+    Limits { command: client.command.min(command) as usize, response: client.response.min(response) as usize }
 }
 
 /// Nobody is there to ask.

@@ -2,12 +2,17 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use vscard_protocol::{Card, CardError, CardSource, Command, PresenceWatch};
 
-use super::Event;
+use super::{Event, sleep_until};
 use crate::{CardFailure, Outcome, SlotId, Token};
+
+/// For how long a slot is empty at least. A removal and an insertion that a guest hears of at once look like
+/// nothing to libccid and pcscd, or like a card that stays away.
+const EMPTY: Duration = Duration::from_secs(1);
 
 /// What the device wants of the card.
 pub(super) enum Job {
@@ -33,6 +38,8 @@ pub(super) struct SlotTask {
     /// The insertion the device knows of.
     insertion: Option<u64>,
     ejected: bool,
+    /// No card is shown before this, so that the guest sees that the one before it is gone.
+    empty_until: Option<Instant>,
     card: Option<Box<dyn Card>>,
 }
 
@@ -46,7 +53,7 @@ enum Next<T> {
 impl SlotTask {
     pub(super) fn new(slot: SlotId, source: Arc<dyn CardSource>, events: mpsc::Sender<Event>) -> Self {
         let watch = source.presence();
-        Self { slot, source, watch, events, insertion: None, ejected: false, card: None }
+        Self { slot, source, watch, events, insertion: None, ejected: false, empty_until: None, card: None }
     }
 
     pub(super) async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
@@ -62,6 +69,11 @@ impl SlotTask {
                         None => return,
                     },
                     () = self.watch.changed() => {
+                        self.look().await;
+                        continue;
+                    }
+                    () = sleep_until(self.empty_until) => {
+                        self.empty_until = None;
                         self.look().await;
                         continue;
                     }
@@ -139,12 +151,13 @@ impl SlotTask {
         if now == self.insertion {
             return;
         }
-        if self.insertion.is_some() {
+        if self.insertion.take().is_some() {
             self.card = None;
+            self.empty_until = Some(Instant::now() + EMPTY);
             self.tell(SlotEvent::Removed).await;
         }
-        self.insertion = now;
-        if now.is_some() {
+        if now.is_some() && self.empty_until.is_none() {
+            self.insertion = now;
             self.tell(SlotEvent::Inserted).await;
         }
     }

@@ -1,6 +1,7 @@
-//! What an APDU costs on its way from a guest's program to our vscclient and back, road by road.
+//! What an APDU costs on its way from a guest's program to our programs and back, road by road.
 //!
-//! All roads are in one guest and are measured in turns, so that the ratios hold whatever else the machine does.
+//! Roads that are compared are in one guest and are measured in turns, so that the ratios hold whatever else the
+//! machine does.
 
 #![forbid(unsafe_code)]
 
@@ -12,28 +13,40 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use stack_tests::database::{Database, NAMES, PIN};
+use stack_tests::floor;
 use stack_tests::guest::{Boot, Guest, short_directory, within};
 use stack_tests::naive::Naive;
 use stack_tests::process::Process;
+use stack_tests::reader::certificates;
 
 const USAGE: &str = "\
 usage: bench [--rounds N]
 
-Boots a guest with three card readers and measures, in turns, a SELECT over each of three roads:
-  unix    vscclient, UNIX socket
-  tcp     vscclient, TCP, QEMU's default options (no nodelay)
-  naive   the same TCP, and a client that sets TCP_NODELAY and nothing else
-and then signing with OpenSC over the first two. Exits with 0 whatever the figures are.
+Boots a guest with readers of ours and measures, in turns, a SELECT over each of five roads:
+  usbredir   ccid-device, xHCI and QEMU's usb-redir
+  floor      the same with a responder that does nothing
+  in-process QEMU's own usb-ccid and ccid-card-emulated, xHCI
+  usbip      ccid-device, the guest's vhci-hcd and QEMU's user network
+  ip-floor   the same with a responder that does nothing
+and another with three of QEMU's readers:
+  unix       vscclient, UNIX socket
+  tcp        vscclient, TCP, QEMU's default options (no nodelay)
+  naive      the same TCP, and a client that sets TCP_NODELAY and nothing else
+and then signing with OpenSC over unix and tcp. Exits with 0 whatever the figures are.
 
-  --rounds N    how often each road has its turn (6)
+  --rounds N    how often each road has its turn (6); those of ccid-device have three times as many
   --help        this
 ";
 
 /// SELECT of the first PKI container.
 const SELECT: &str = "00A4040007A0000000790100";
 
-/// What the project promises for tcp/unix.
-const BOUND: f64 = 1.3;
+/// What the project promises for tcp/unix, and for our reader beside one that does nothing.
+const TCP_BOUND: f64 = 1.3;
+const FLOOR_BOUND: f64 = 1.15;
+
+/// Of our reader's roads, for each of the others': they are compared more closely, and are quick.
+const READER_ROUNDS: u32 = 3;
 
 /// For certutil, which takes a second or two.
 const KEYS_LIMIT: Duration = Duration::from_secs(60);
@@ -45,6 +58,8 @@ struct Turn {
 }
 
 const FAST: Turn = Turn { count: 200, warmup: 20 };
+/// At half a millisecond each.
+const SHORT: Turn = Turn { count: 400, warmup: 40 };
 /// At 44 ms each. A new connection is acknowledged at once for a while; that has to be over.
 const SLOW: Turn = Turn { count: 25, warmup: 10 };
 
@@ -98,17 +113,29 @@ fn scratch() -> Result<tempfile::TempDir> {
     Ok(scratch)
 }
 
-/// A way from a reader in the guest to a client.
+/// A way from a reader in the guest to a card.
 struct Road {
     /// Also the reader's serial number, by which the guest knows it.
     name: &'static str,
     what: &'static str,
     turn: Turn,
-    /// QEMU's end.
-    chardev: String,
     /// Index of its reader in the guest.
     reader: usize,
     turns: Vec<Figures>,
+}
+
+impl Road {
+    fn new(name: &'static str, what: &'static str, turn: Turn) -> Self {
+        Self { name, what, turn, reader: 0, turns: Vec::new() }
+    }
+
+    fn median_of(&self, figure: fn(&Figures) -> u64) -> f64 {
+        median(self.turns.iter().map(|turn| figure(turn) as f64).collect())
+    }
+
+    fn median(&self) -> f64 {
+        self.median_of(|turn| turn.median)
+    }
 }
 
 /// What one turn measured, in µs.
@@ -122,24 +149,95 @@ struct Figures {
 
 async fn measure(rounds: u32) -> Result<()> {
     let start = Instant::now();
+    println!("Load of the machine before: {}", load()?);
+    progress("making keys")?;
+    let making = tokio::task::spawn_blocking(|| {
+        anyhow::Ok([Database::with_password()?, Database::with_password()?, Database::with_password()?])
+    });
+    let databases = within(None, KEYS_LIMIT, "the databases", making).await???;
+    measure_reader(rounds * READER_ROUNDS, &databases).await?;
+    println!();
+    measure_passthru(rounds, &databases).await?;
+    println!("\nLoad of the machine after: {}; {:.1} s in all.", load()?, start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Our reader's roads: what it adds to what the road costs anyway.
+async fn measure_reader(rounds: u32, [usbredir, usbip, inside]: &[Database; 3]) -> Result<()> {
+    let mut roads = [
+        Road::new("usbredir", "ccid-device, usbredir", SHORT),
+        Road::new("floor", "do-nothing responder, usbredir", SHORT),
+        Road::new("in-process", "QEMU's usb-ccid and card", SHORT),
+        Road::new("usbip", "ccid-device, USB/IP", SHORT),
+        Road::new("ip-floor", "do-nothing responder, USB/IP", SHORT),
+    ];
+    let directory = short_directory()?;
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let port = free_ports()?.0;
+    floor::usbredir(&directory.path().join("floor"), "floor")?;
+    let floor_port = floor::usbip("ip-floor")?;
+    let daemon = [
+        ("--reader", format!("usbredir,serial=usbredir,unix-listen:{}", path("usbredir"))),
+        ("--reader", format!("usbip,serial=usbip,tcp-listen:127.0.0.1:{port}")),
+        ("--card", certificates(usbredir, ",reader=0")),
+        ("--card", certificates(usbip, ",reader=1")),
+    ];
+    let daemon = Process::start(
+        "ccid-device",
+        daemon.iter().flat_map(|(option, value)| [*option, value]),
+        &[("XDG_STATE_HOME", OsStr::new(usbredir.path()))],
+    )?;
+    daemon.line("ready").await?;
+
+    progress("booting a guest, whose image is built if need be")?;
+    let mut args = ["-device", "qemu-xhci"].map(str::to_owned).to_vec();
+    for name in ["usbredir", "floor"] {
+        args.extend(["-chardev".into(), format!("socket,id={name},path={}", path(name))]);
+        args.extend(["-device".into(), format!("usb-redir,chardev={name}")]);
+    }
+    let [one, two, three] = NAMES;
+    let card = format!("backend=certificates,db={},cert1={one},cert2={two},cert3={three}", inside.spec());
+    args.extend(["-device".into(), "usb-ccid,id=inside,serial=in-process".into()]);
+    args.extend(["-device".into(), format!("ccid-card-emulated,bus=inside.0,{card}")]);
+    args.extend(["-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"].map(str::to_owned));
+    let guest = Guest::boot(Boot::with(args)).await?;
+    guest.start_network().await?;
+    guest.ok("modprobe vhci-hcd && mkdir -p /var/run/vhci_hcd").await?;
+    for port in [port, floor_port] {
+        guest.ok(&format!("usbip --tcp-port {port} attach -r 10.0.2.2 -b 1-1")).await?;
+    }
+    find(&guest, &mut roads).await?;
+    println!("A guest with {} readers is up: three on xHCI, two on its vhci-hcd.", roads.len());
+    let answers = interleave(&guest, &mut roads, rounds).await?;
+    // Or the floor would not be that of the same road.
+    let [ours, floors, _, ours_ip, floors_ip] = &answers[..] else { bail!("an answer is missing") };
+    ensure!([floors, ours_ip, floors_ip].into_iter().all(|answer| answer.len() == ours.len()), "{answers:?}");
+    guest.shutdown().await;
+
+    println!("\nSELECT, round trip in the guest, µs (percentiles: the median of {rounds} rounds)\n");
+    table(&roads)?;
+    let [usbredir, floor, inside, usbip, ip_floor] = &roads;
+    println!("{}{}", ratio(usbredir, floor), judged(usbredir, floor, FLOOR_BOUND));
+    println!("{}", ratio(usbredir, inside));
+    println!("{}", ratio(floor, inside));
+    println!("{}{}", ratio(usbip, ip_floor), judged(usbip, ip_floor, FLOOR_BOUND));
+    Ok(())
+}
+
+/// The roads of QEMU's `ccid-card-passthru`.
+async fn measure_passthru(rounds: u32, databases: &[Database; 3]) -> Result<()> {
     let directory = short_directory()?;
     let socket = directory.path().join("card").display().to_string();
     let (tcp, naive) = free_ports()?;
-    let listen = |port: u16| format!("host=127.0.0.1,port={port},server=on,wait=off");
-    let road = |name, what, turn, chardev| Road { name, what, turn, chardev, reader: 0, turns: Vec::new() };
     let mut roads = [
-        road("unix", "vscclient, UNIX socket", FAST, format!("path={socket},server=on,wait=off")),
-        road("tcp", "vscclient, TCP, no nodelay", FAST, listen(tcp)),
-        road("naive", "naive client, TCP, no nodelay", SLOW, listen(naive)),
+        Road::new("unix", "vscclient, UNIX socket", FAST),
+        Road::new("tcp", "vscclient, TCP, no nodelay", FAST),
+        Road::new("naive", "naive client, TCP, no nodelay", SLOW),
     ];
-
-    println!("Load of the machine before: {}", load()?);
-    progress("making keys")?;
-    let making =
-        tokio::task::spawn_blocking(|| anyhow::Ok([Database::with_password()?, Database::with_password()?]));
-    let databases = within(None, KEYS_LIMIT, "the databases", making).await???;
-    progress("booting a guest, whose image is built if need be")?;
-    let guest = Guest::boot(Boot::with(readers(&roads))).await?;
+    let listen = |port: u16| format!("host=127.0.0.1,port={port},server=on,wait=off");
+    let chardevs = [format!("path={socket},server=on,wait=off"), listen(tcp), listen(naive)];
+    progress("booting a guest")?;
+    let guest = Guest::boot(Boot::with(readers(&roads, &chardevs))).await?;
     let client = |database: &Database, endpoint: &str| {
         let spec = database.spec();
         let mut args = vec!["--db", &spec];
@@ -152,35 +250,61 @@ async fn measure(rounds: u32) -> Result<()> {
         client(&databases[1], &format!("tcp:127.0.0.1:{tcp}"))?,
         Naive::connect(naive)?,
     );
+    find(&guest, &mut roads).await?;
+    println!("A guest with {} readers is up, QEMU's.", roads.len());
+    println!(
+        "All readers are full-speed, behind one hub (UHCI has two ports), and idle but for the one measured."
+    );
+    interleave(&guest, &mut roads, rounds).await?;
+    let signed = signing(&guest, &roads, databases, rounds).await?;
+    guest.shutdown().await;
+
+    println!("\nSELECT, round trip in the guest on UHCI, µs (percentiles: the median of {rounds} rounds)\n");
+    table(&roads)?;
+    let [unix, tcp, naive] = &roads;
+    println!("{}{}", ratio(tcp, unix), judged(tcp, unix, TCP_BOUND));
+    // What it costs whatever the rest of the road does.
+    let more = (naive.median() - unix.median()) / 1e3;
+    println!("{}   {more:+.1} ms for each APDU", ratio(naive, unix));
+    let [unix, tcp] = signed;
+    println!(
+        "\npkcs11-tool --sign as a whole: unix {unix:.0} ms, tcp {tcp:.0} ms, tcp/unix {:.2} \
+         (medians of {rounds})",
+        tcp / unix
+    );
+    Ok(())
+}
+
+/// Starts pcscd and finds each road's reader, with a card in it.
+async fn find(guest: &Guest, roads: &mut [Road]) -> Result<()> {
     guest.start_pcscd().await?;
     guest.ok(&format!("guest-pcsc wait-reader 30 {}", roads.len())).await?;
     let found = guest.ok("guest-pcsc readers").await?;
-    for road in &mut roads {
+    for road in roads {
         let serial = format!("({})", road.name);
         let line = found.lines().find(|line| line.contains(&serial));
         let index = line.and_then(|line| line.split_once(':')).context("a reader is missing")?.0;
         road.reader = index.parse()?;
         guest.ok(&format!("guest-pcsc wait-card present 30 {index}")).await?;
     }
-    println!("A guest with {} readers is up after {:.1} s.", roads.len(), start.elapsed().as_secs_f64());
-    println!(
-        "All readers are full-speed, behind one hub (UHCI has two ports), and idle but for the one measured."
-    );
+    Ok(())
+}
 
+/// Each road's turn, round by round. Returns what each road's card answers.
+async fn interleave(guest: &Guest, roads: &mut [Road], rounds: u32) -> Result<Vec<String>> {
+    let mut answers = vec![String::new(); roads.len()];
     for round in 0..rounds {
         // Every other time backwards, so that none is always the one after the slow one.
         for turn in 0..roads.len() {
             let index = if round % 2 == 0 { turn } else { roads.len() - 1 - turn };
             let road = &mut roads[index];
-            road.turns.push(select(&guest, road).await.with_context(|| road.what)?);
+            let (figures, answer) = select(guest, road).await.with_context(|| road.what)?;
+            road.turns.push(figures);
+            answers[index] = answer;
         }
         progress(&format!("round {} of {rounds}", round + 1))?;
     }
-    let signed = signing(&guest, &roads, &databases, rounds).await?;
-    report(&roads, signed)?;
-    println!("\nLoad of the machine after: {}; {:.1} s in all.", load()?, start.elapsed().as_secs_f64());
-    guest.shutdown().await;
-    Ok(())
+    Ok(answers)
 }
 
 /// Two ports that were free a moment ago; QEMU cannot be asked which one it took.
@@ -192,10 +316,9 @@ fn free_ports() -> Result<(u16, u16)> {
 }
 
 /// QEMU's arguments: a UHCI controller with a hub, and each road's reader on it.
-fn readers(roads: &[Road]) -> Vec<String> {
+fn readers(roads: &[Road], chardevs: &[String]) -> Vec<String> {
     let mut args = ["-usb", "-device", "usb-hub,port=1"].map(str::to_owned).to_vec();
-    for (index, Road { name, chardev, .. }) in roads.iter().enumerate() {
-        let port = index + 1;
+    for ((Road { name, .. }, chardev), port) in roads.iter().zip(chardevs).zip(1..) {
         for (option, value) in [
             ("-chardev", format!("socket,id={name},{chardev}")),
             ("-device", format!("usb-ccid,id={name}-reader,port=1.{port},serial={name}")),
@@ -208,7 +331,7 @@ fn readers(roads: &[Road]) -> Vec<String> {
 }
 
 /// One turn of a road.
-async fn select(guest: &Guest, road: &Road) -> Result<Figures> {
+async fn select(guest: &Guest, road: &Road) -> Result<(Figures, String)> {
     let Turn { count, warmup } = road.turn;
     let line =
         guest.ok(&format!("guest-pcsc bench -r {} -n {count} -w {warmup} {SELECT}", road.reader)).await?;
@@ -220,17 +343,18 @@ async fn select(guest: &Guest, road: &Road) -> Result<Figures> {
     let answer = field("answer")?;
     ensure!(answer.starts_with("61") || answer.ends_with("9000"), "SELECT is answered {answer}");
     let number = |name| anyhow::Ok(field(name)?.parse()?);
-    Ok(Figures {
+    let figures = Figures {
         count: number("n")?,
         min: number("min")?,
         median: number("median")?,
         p90: number("p90")?,
         p99: number("p99")?,
-    })
+    };
+    Ok((figures, answer.to_owned()))
 }
 
 /// Median time in ms of a whole `pkcs11-tool --sign`, over the roads that have one of the databases.
-async fn signing(guest: &Guest, roads: &[Road], databases: &[Database; 2], rounds: u32) -> Result<[f64; 2]> {
+async fn signing(guest: &Guest, roads: &[Road], databases: &[Database], rounds: u32) -> Result<[f64; 2]> {
     const MESSAGE: &[u8] = b"signed in a benchmark";
     guest.put("/tmp/message", MESSAGE).await?;
     let sign = |name: &str| {
@@ -239,7 +363,7 @@ async fn signing(guest: &Guest, roads: &[Road], databases: &[Database; 2], round
              --id 0001 -i /tmp/message -o /tmp/signature"
         )
     };
-    for (road, database) in roads.iter().zip(databases) {
+    for (road, database) in roads.iter().zip(databases).take(2) {
         // OpenSC would look into every reader, the slow one too.
         let others: Vec<_> = roads
             .iter()
@@ -265,46 +389,31 @@ async fn signing(guest: &Guest, roads: &[Road], databases: &[Database; 2], round
     Ok(times.map(median))
 }
 
-fn report(roads: &[Road; 3], signed: [f64; 2]) -> Result<()> {
-    let rounds = roads[0].turns.len();
-    println!("\nSELECT, round trip in the guest on UHCI, µs (percentiles: the median of {rounds} rounds)\n");
+fn table(roads: &[Road]) -> Result<()> {
     println!("{:<32}{:>6}{:>9}{:>9}{:>9}{:>9}", "road", "n", "min", "median", "p90", "p99");
-    let of = |road: &Road, figure: fn(&Figures) -> u64| {
-        median(road.turns.iter().map(|turn| figure(turn) as f64).collect())
-    };
     for road in roads {
         let count: u64 = road.turns.iter().map(|turn| turn.count).sum();
         let min = road.turns.iter().map(|turn| turn.min).min().context("no rounds")?;
         let (p50, p90, p99) =
-            (of(road, |turn| turn.median), of(road, |turn| turn.p90), of(road, |turn| turn.p99));
+            (road.median(), road.median_of(|turn| turn.p90), road.median_of(|turn| turn.p99));
         println!("{:<32}{count:>6}{min:>9}{p50:>9.0}{p90:>9.0}{p99:>9.0}", road.what);
     }
     println!();
-    let unix = &roads[0];
-    for (road, bound) in [(&roads[1], Some(BOUND)), (&roads[2], None)] {
-        let ratio = of(road, |turn| turn.median) / of(unix, |turn| turn.median);
-        let each =
-            || road.turns.iter().zip(&unix.turns).map(|(one, other)| one.median as f64 / other.median as f64);
-        let (least, most) = (each().fold(f64::INFINITY, f64::min), each().fold(0.0, f64::max));
-        let judged = match bound {
-            Some(bound) if ratio <= bound => format!("   at most {bound}: kept"),
-            Some(bound) => format!("   at most {bound}: NOT KEPT"),
-            None => {
-                // What it costs whatever the rest of the road does.
-                let more = of(road, |turn| turn.median) - of(unix, |turn| turn.median);
-                format!("   {:+.1} ms for each APDU", more / 1e3)
-            }
-        };
-        let name = format!("{}/{}", road.name, unix.name);
-        println!("{name:<12}{ratio:>6.2}   (round by round {least:.2} to {most:.2}){judged}");
-    }
-    let [unix, tcp] = signed;
-    println!(
-        "\npkcs11-tool --sign as a whole: unix {unix:.0} ms, tcp {tcp:.0} ms, tcp/unix {:.2} \
-         (medians of {rounds})",
-        tcp / unix
-    );
     Ok(())
+}
+
+fn ratio(one: &Road, other: &Road) -> String {
+    let each =
+        || one.turns.iter().zip(&other.turns).map(|(one, other)| one.median as f64 / other.median as f64);
+    let (least, most) = (each().fold(f64::INFINITY, f64::min), each().fold(0.0, f64::max));
+    let name = format!("{}/{}", one.name, other.name);
+    let ratio = one.median() / other.median();
+    format!("{name:<20}{ratio:>6.2}   (round by round {least:.2} to {most:.2})")
+}
+
+fn judged(one: &Road, other: &Road, bound: f64) -> String {
+    let kept = if one.median() / other.median() <= bound { "kept" } else { "NOT KEPT" };
+    format!("   at most {bound}: {kept}")
 }
 
 /// Of at least one number.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use pcsc::{
     Card, Context, Disposition, Error, PNP_NOTIFICATION, Protocols, ReaderState, Scope, ShareMode, State,
 };
+use stack_tests::echo::{ins, pattern};
 
 const USAGE: &str = "\
 usage: guest-pcsc readers
@@ -25,6 +26,10 @@ usage: guest-pcsc readers
        guest-pcsc repeat [-r READER] N HEX
            the same APDU N times; all answers have to equal the first
        guest-pcsc bench [-r READER] [-n N] [-w WARMUP] HEX...
+       guest-pcsc lengths [-r READER] FROM-TO...
+           answers of all these lengths, status word included, from an echo card
+       guest-pcsc extended [-r READER]
+           the longest command, the longest answer and both at once, with an echo card
        guest-pcsc reset [-r READER]
            SCardReconnect with a warm reset
        guest-pcsc events SECONDS
@@ -81,6 +86,8 @@ fn run(args: &[String]) -> Result<()> {
         "transmit" => transmit(rest),
         "repeat" => repeat(rest),
         "bench" => bench(rest),
+        "lengths" => lengths(rest),
+        "extended" => extended(rest),
         "reset" => reset(rest),
         "events" => events(rest),
         _ => Err(Failure::Usage(format!("no command {name}"))),
@@ -240,6 +247,68 @@ fn bench(args: &[&str]) -> Result<()> {
         );
     }
     Ok(())
+}
+
+fn lengths(args: &[&str]) -> Result<()> {
+    let options = Options::parse(args)?;
+    let mut lengths = Vec::new();
+    for word in &options.rest {
+        let (from, to) = word.split_once('-').unwrap_or((word, word));
+        lengths.extend(number::<usize>(from)?..=number(to)?);
+    }
+    let card = options.connect()?;
+    let begin = Instant::now();
+    let mut longest = Duration::ZERO;
+    for &length in &lengths {
+        let data = length.checked_sub(2).and_then(|data| u16::try_from(data).ok());
+        let data = data.ok_or_else(|| Failure::Usage(format!("no answer has {length} bytes")))?;
+        let [p1, p2] = data.to_be_bytes();
+        let start = Instant::now();
+        let command = [0x00, ins::LENGTH, p1, p2, 0x00, 0x00, 0x00];
+        expect(&card, &command, &pattern(data.into()), &format!("answer of {length} bytes"))?;
+        longest = longest.max(start.elapsed());
+    }
+    let (total, longest) = (begin.elapsed().as_millis(), longest.as_micros());
+    println!("lengths n={} total_ms={total} longest_us={longest}", lengths.len());
+    Ok(())
+}
+
+fn extended(args: &[&str]) -> Result<()> {
+    const MOST: u16 = u16::MAX;
+    let card = Options::parse(args)?.connect()?;
+    let data = pattern(MOST.into());
+    let [high, low] = MOST.to_be_bytes();
+    let with_data = |ins: u8, le: &[u8]| [&[0x00, ins, 0, 0, 0x00, high, low], &data[..], le].concat();
+    let answer = pattern(usize::from(MOST) + 1);
+    for (what, command, expected) in [
+        ("command", with_data(ins::CHECK, &[]), u32::from(MOST).to_be_bytes().to_vec()),
+        ("answer", vec![0x00, ins::LE, 0, 0, 0x00, 0x00, 0x00], answer.clone()),
+        ("both", with_data(ins::LE, &[0x00, 0x00]), answer),
+    ] {
+        let start = Instant::now();
+        expect(&card, &command, &expected, what)?;
+        let (sent, received, ms) = (command.len(), expected.len() + 2, start.elapsed().as_millis());
+        println!("{what} sent={sent} received={received} ms={ms}");
+    }
+    Ok(())
+}
+
+/// Sends a command whose answer has to be this data and 9000.
+fn expect(card: &Card, command: &[u8], data: &[u8], what: &str) -> Result<()> {
+    let mut buffer = answer_buffer();
+    let start = Instant::now();
+    let answer = match card.transmit(command, &mut buffer) {
+        Ok(answer) => answer,
+        Err(error) => {
+            println!("{what}:");
+            return Err(error).since(start);
+        }
+    };
+    if *answer == [data, &[0x90, 0x00]].concat() {
+        return Ok(());
+    }
+    let tail = Hex(&answer[answer.len().saturating_sub(8)..]);
+    Err(Failure::Other(format!("{what}: {} bytes that end in {tail}", answer.len())))
 }
 
 fn reset(args: &[&str]) -> Result<()> {

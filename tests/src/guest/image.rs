@@ -61,7 +61,7 @@ const HOST_PROGRAMS: [&str; 11] = [
 ];
 
 /// Our own programs, found beside the running one.
-const OWN_PROGRAMS: [&str; 2] = ["guest-agent", "guest-pcsc"];
+const OWN_PROGRAMS: [&str; 3] = ["guest-agent", "guest-pcsc", "guest-usb"];
 
 const DIRECTORIES: [&str; 8] = ["/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/var", "/etc"];
 

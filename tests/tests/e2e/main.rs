@@ -1,10 +1,16 @@
 //! End to end: the stack in a real guest, one scenario after the other.
 
+mod apdu;
+mod capture;
 mod card;
 mod cards;
 mod connection;
 mod console;
 mod guest;
 mod hostile;
+mod lifecycle;
 mod reader;
+mod remote;
+mod slots;
+mod slow;
 mod state;

@@ -1,0 +1,280 @@
+//! Readers and cards that come and go; guests that pause, reboot, die and migrate.
+
+use std::ffi::OsStr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stack_tests::database::{Database, NAMES, PIN};
+use stack_tests::guest::{Boot, Guest, within};
+use stack_tests::host::verify;
+use stack_tests::process::Process;
+use stack_tests::reader::{Bus, Place, Stack, certificates, one_card};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+
+const SELECT: &str = "00A4040007A0000000790100";
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn transmit(command: &[u8]) -> String {
+    let hex: String = command.iter().map(|byte| format!("{byte:02X}")).collect();
+    format!("guest-pcsc transmit {hex}")
+}
+
+async fn works(guest: &Guest) -> Result<()> {
+    guest.ok("guest-pcsc wait-reader 30").await?;
+    guest.ok("guest-pcsc wait-card present 30").await?;
+    let said = guest.ok(&format!("guest-pcsc transmit {SELECT}")).await?.to_uppercase();
+    ensure!(said.contains("610D"), "{said}");
+    Ok(())
+}
+
+/// A program in the guest has the PIN verified and goes on using the card.
+async fn stay_verified(guest: &Guest) -> Result<()> {
+    let selects = format!(" {SELECT}").repeat(20_000);
+    guest.put("/tmp/verify", format!("{}{selects}", transmit(&verify(PIN))).as_bytes()).await?;
+    guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
+    guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
+    guest.ok("pidof guest-pcsc").await?;
+    Ok(())
+}
+
+/// The daemon's control socket.
+struct Control {
+    answers: Lines<BufReader<OwnedReadHalf>>,
+    commands: OwnedWriteHalf,
+    events: Vec<Value>,
+}
+
+impl Control {
+    async fn connect(path: &str) -> Result<Self> {
+        let (reader, commands) = UnixStream::connect(path).await?.into_split();
+        let mut control = Self { answers: BufReader::new(reader).lines(), commands, events: Vec::new() };
+        let greeting = control.next().await?;
+        ensure!(greeting["ccid-device"]["version"].is_string(), "{greeting}");
+        Ok(control)
+    }
+
+    async fn next(&mut self) -> Result<Value> {
+        let line = within(None, LIMIT, "a line of the control socket", self.answers.next_line()).await??;
+        Ok(serde_json::from_str(&line.context("the control socket is closed")?)?)
+    }
+
+    async fn execute(&mut self, command: Value) -> Result<Value> {
+        self.commands.write_all(format!("{command}\n").as_bytes()).await?;
+        loop {
+            let answer = self.next().await?;
+            if answer["event"].is_string() {
+                self.events.push(answer);
+            } else {
+                return Ok(answer);
+            }
+        }
+    }
+
+    /// How often an event has come, once it has come `count` times.
+    async fn events(&mut self, name: &str, count: usize) -> Result<usize> {
+        loop {
+            let seen = self.events.iter().filter(|event| event["event"] == name).count();
+            if seen >= count {
+                return Ok(seen);
+            }
+            let event = self.next().await?;
+            self.events.push(event);
+        }
+    }
+}
+
+fn with_control(database: &Database, place: &Place) -> Vec<String> {
+    let control = format!("unix-listen:{}", place.path("control"));
+    vec!["--card".into(), certificates(database, ""), "--control".into(), control]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cards_are_plugged_and_pulled() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "", with_control).await?;
+    let guest = &stack.guest;
+    guest.ok("guest-pcsc wait-card present 30").await?;
+    let mut control = Control::connect(&stack.place.path("control")).await?;
+    let readers = control.execute(json!({"execute": "query-readers", "id": 7})).await?;
+    ensure!(readers["id"] == 7, "{readers}");
+    let reader = &readers["return"][0];
+    ensure!(reader["attached"] == true && reader["slots"][0]["present"] == true, "{readers}");
+    ensure!(reader["slots"][0]["card"] == "cert", "{readers}");
+
+    let rounds = stack_tests::scale(10, 100) as usize;
+    let slot = json!({"reader": 0, "slot": 0});
+    for round in 1..=rounds {
+        let pull = control.execute(json!({"execute": "remove", "arguments": slot}));
+        let (seen, pulled) = tokio::join!(guest.ok("guest-pcsc wait-card absent 20"), pull);
+        seen.with_context(|| format!("pulled, round {round}"))?;
+        ensure!(pulled?["return"].is_object());
+        let plug = control.execute(json!({"execute": "insert", "arguments": slot}));
+        let (seen, plugged) = tokio::join!(guest.ok("guest-pcsc wait-card present 20"), plug);
+        seen.with_context(|| format!("plugged, round {round}"))?;
+        ensure!(plugged?["return"].is_object());
+    }
+    // Each one told once, and counted once by the guest: two events a round after the insertion at the start.
+    ensure!(control.events("CARD_INSERTED", rounds).await? == rounds);
+    ensure!(control.events("CARD_REMOVED", rounds).await? == rounds);
+    let status = guest.ok("guest-pcsc status").await?;
+    let counted: usize = status
+        .split("events=")
+        .nth(1)
+        .and_then(|rest| rest.split_whitespace().next())
+        .and_then(|count| count.parse().ok())
+        .with_context(|| status.clone())?;
+    ensure!(counted == 2 * rounds, "the guest counted {counted} events: {status}");
+    works(guest).await?;
+
+    for (command, part) in [
+        (json!({"execute": "remove", "arguments": {"reader": 0, "slot": 5}}), "no card in that reader"),
+        (json!({"execute": "eject"}), "query-readers, insert, remove and quit"),
+        (json!("nonsense"), "\"execute\" is missing"),
+    ] {
+        let answer = control.execute(command).await?;
+        ensure!(answer["error"]["desc"].as_str().is_some_and(|text| text.contains(part)), "{answer}");
+    }
+    let gone = guest.ok("guest-pcsc wait-reader 20 0");
+    let (gone, quit) = tokio::join!(gone, control.execute(json!({"execute": "quit"})));
+    gone?;
+    quit?;
+    let mut daemon = stack.daemon;
+    ensure!(daemon.ended().await?.code() == Some(0), "{}", daemon.log());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_unplugs_and_sighup_loses_nothing() -> Result<()> {
+    let mut stack = Stack::start(Bus::Xhci, "", one_card).await?;
+    works(&stack.guest).await?;
+    stack.daemon.signal(rustix::process::Signal::HUP)?;
+    stack.daemon.line("SIGHUP").await?;
+    works(&stack.guest).await?;
+    let gone = stack.guest.ok("guest-pcsc wait-reader 20 0");
+    let (gone, ended) = tokio::join!(gone, stack.daemon.terminate());
+    gone?;
+    ensure!(ended?.code() == Some(0), "{}", stack.daemon.log());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn device_del_and_add_and_reset() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "", one_card).await?;
+    let guest = &stack.guest;
+    works(guest).await?;
+
+    let removed = guest.qmp("device_del", json!({"id": "redir"}));
+    let (gone, removed) = tokio::join!(guest.ok("guest-pcsc wait-reader 20 0"), removed);
+    gone?;
+    removed?;
+    let deleted = guest.qmp_event(|event| event["event"] == "DEVICE_DELETED");
+    within(Some(guest), LIMIT, "DEVICE_DELETED", deleted).await??;
+    // QEMU has deleted the character device with it.
+    let address = json!({"type": "unix", "data": {"path": stack.place.path("reader")}});
+    let backend = json!({"type": "socket", "data": {"addr": address, "server": false, "reconnect": 1}});
+    guest.qmp("chardev-add", json!({"id": "reader", "backend": backend})).await?;
+    guest.qmp("device_add", json!({"driver": "usb-redir", "chardev": "reader", "id": "redir"})).await?;
+    works(guest).await?;
+
+    // A PIN that was verified before a reboot is not verified after it.
+    stay_verified(guest).await?;
+    guest.reset().await?;
+    guest.start_pcscd().await?;
+    works(guest).await?;
+    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
+    ensure!(said.contains("63C3"), "after a reboot: {said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reboot_reaches_a_remote_card() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "", |_, place| {
+        vec!["--card".into(), format!("passthru,unix-listen:{}", place.path("card"))]
+    })
+    .await?;
+    let guest = &stack.guest;
+    let (spec, endpoint) = (stack.database.spec(), format!("unix:{}", stack.place.path("card")));
+    let _client = Process::start(
+        "vscclient",
+        ["--db", &spec, "-c", NAMES[0], &endpoint],
+        &[("XDG_STATE_HOME", OsStr::new(stack.state.path()))],
+    )?;
+    works(guest).await?;
+    stay_verified(guest).await?;
+    guest.reset().await?;
+    guest.start_pcscd().await?;
+    works(guest).await?;
+    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
+    ensure!(said.contains("63C3"), "after a reboot: {said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_starts_paused() -> Result<()> {
+    let (place, database, state) = (Place::new(Bus::Xhci)?, Database::with_password()?, tempfile::tempdir()?);
+    let args = ["--reader".to_owned(), place.reader(""), "--card".to_owned(), certificates(&database, "")];
+    let daemon = Process::start("ccid-device", args, &[("XDG_STATE_HOME", OsStr::new(state.path()))])?;
+    daemon.line("ready").await?;
+    let mut qemu = place.qemu();
+    qemu.push("-S".into());
+    let guest = Guest::start(Boot::with(qemu)).await?;
+    daemon.line("connected").await?;
+    // QEMU says nothing before the machine runs; what ends this wait is that nothing happens for ten seconds.
+    let mark = daemon.mark();
+    let silence = tokio::time::timeout(Duration::from_secs(10), daemon.line_after(mark, "")).await;
+    ensure!(silence.is_err(), "while paused: {silence:?}");
+    guest.qmp("cont", Value::Null).await?;
+    guest.ready(1).await?;
+    guest.start_pcscd().await?;
+    works(&guest).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_is_killed_and_started_again() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "", one_card).await?;
+    works(&stack.guest).await?;
+    stay_verified(&stack.guest).await?;
+    let Stack { guest, daemon, place, .. } = &stack;
+    let pid = guest.pid();
+    let killed = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).context("process id")?;
+    rustix::process::kill_process(killed, rustix::process::Signal::KILL)?;
+    daemon.line("connection lost").await?;
+    let guest = Guest::boot(Boot::with(place.qemu())).await?;
+    guest.start_pcscd().await?;
+    works(&guest).await?;
+    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
+    ensure!(said.contains("63C3"), "in another machine: {said}");
+    Ok(())
+}
+
+/// The guest moves to another QEMU while a program in it has the card open and uses it.
+#[tokio::test(flavor = "multi_thread")]
+async fn migration_keeps_an_open_connection() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "", one_card).await?;
+    let source = &stack.guest;
+    works(source).await?;
+    let count = 3000;
+    let path = stack.place.path("migration");
+    let mut arguments = stack.place.qemu();
+    arguments.extend(["-incoming".to_owned(), format!("unix:{path}")]);
+    let destination = Guest::start(Boot { may_reset: true, ..Boot::with(arguments) }).await?;
+    // Its output is the guest's, and so survives the move.
+    source
+        .ok(&format!(
+            "setsid sh -c 'guest-pcsc repeat {count} {SELECT} >/tmp/repeat 2>&1; echo ended >>/tmp/repeat' &"
+        ))
+        .await?;
+    source.ok("while ! grep -q . /proc/$(pidof guest-pcsc)/comm; do usleep 20000; done").await?;
+    source.qmp("migrate", json!({"uri": format!("unix:{path}")})).await?;
+    let resumed = destination.qmp_event(|event| event["event"] == "RESUME");
+    within(Some(source), Duration::from_secs(120), "the migration", resumed).await??;
+    stack.daemon.line("the guest has migrated here and goes on").await?;
+    let waited = "n=0; while ! grep -q ended /tmp/repeat; do usleep 100000; n=$((n+1)); [ $n -lt 500 ]; done";
+    destination.run(waited).await?;
+    let said = destination.ok("cat /tmp/repeat").await?;
+    ensure!(said.contains(&format!("n={count}")) && !said.contains("error"), "{said}");
+    println!("{}", said.trim());
+    works(&destination).await
+}
