@@ -46,6 +46,17 @@ pub enum ReaderEvent {
     Detached,
 }
 
+impl std::fmt::Display for ReaderEvent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Inserted(slot) => write!(f, "card inserted in slot {}", slot.0),
+            Self::Removed(slot) => write!(f, "card removed from slot {}", slot.0),
+            Self::Attached => f.write_str("a guest has it"),
+            Self::Detached => f.write_str("no guest has it any more"),
+        }
+    }
+}
+
 /// What can be asked of a running reader.
 enum Request {
     Query(oneshot::Sender<Status>),

@@ -16,17 +16,19 @@ use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::guest::{Boot, Guest, Image, within};
 use stack_tests::passthru::{Link, Road};
 use stack_tests::process::{Process, program};
+use stack_tests::reader::{Bus, Place, certificates};
 use tokio::process::Command;
 
 const USAGE: &str = "\
-usage: demo [--full]
+usage: demo [--passthru] [--full]
 
-Boots a small Debian guest in QEMU, puts a smartcard made of three NSS certificates into its card reader with
-vscclient, and lets OpenSC in the guest sign with each of them. The signatures are verified outside the guest.
+Boots a small Debian guest in QEMU, plugs in a USB card reader with a smartcard made of three NSS certificates, and
+lets OpenSC in the guest sign with each of them. The signatures are verified outside the guest.
 Takes some 15 seconds; the first time also a while for the guest's image. Nothing is left behind but that image.
 
-  --full    print all that the programs say and QEMU's whole command line
-  --help    this
+  --passthru  QEMU's own card reader and vscclient, instead of ccid-device's reader over usbredir
+  --full      print all that the programs say and QEMU's whole command line
+  --help      this
 ";
 
 /// What OpenSC calls the three keys.
@@ -44,19 +46,22 @@ const HOST_LIMIT: Duration = Duration::from_secs(60);
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    let full = match words[..] {
-        [] => false,
-        ["--full"] => true,
-        ["--help" | "-h"] => {
-            print!("{USAGE}");
-            return ExitCode::SUCCESS;
+    let (mut full, mut passthru) = (false, false);
+    for word in words {
+        match word {
+            "--full" => full = true,
+            "--passthru" => passthru = true,
+            "--help" | "-h" => {
+                print!("{USAGE}");
+                return ExitCode::SUCCESS;
+            }
+            _ => {
+                eprint!("demo: {word}?\n{USAGE}");
+                return ExitCode::from(2);
+            }
         }
-        _ => {
-            eprint!("demo: {}?\n{USAGE}", args.join(" "));
-            return ExitCode::from(2);
-        }
-    };
-    match run(full) {
+    }
+    match run(full, passthru) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\ndemo: FAILED: {error:#}");
@@ -65,7 +70,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(full: bool) -> Result<()> {
+fn run(full: bool, passthru: bool) -> Result<()> {
     // One directory for all that is temporary: databases that are kept for copying live as long as the process.
     let scratch = tempfile::Builder::new().prefix("card-demo-").tempdir()?;
     if tempfile::env::override_temp_dir(scratch.path()).is_err() {
@@ -75,7 +80,7 @@ fn run(full: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {
         tokio::select! {
-            done = shown(&mut tour) => done,
+            done = shown(&mut tour, passthru) => done,
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
                 bail!("interrupted")
@@ -91,7 +96,78 @@ fn run(full: bool) -> Result<()> {
     Ok(())
 }
 
-async fn shown(tour: &mut Tour) -> Result<()> {
+/// How the card comes into the guest: what is started, and what is said about it.
+struct Way {
+    qemu: Vec<String>,
+    about_qemu: &'static str,
+    program: &'static str,
+    args: Vec<String>,
+    about_program: &'static str,
+    /// What it says when the guest has what it brings.
+    done: &'static str,
+    recipe: String,
+    /// Where the sockets are.
+    _sockets: Box<dyn std::any::Any>,
+}
+
+impl Way {
+    fn passthru(database: &Database) -> Result<Self> {
+        let link = Link::new(Road::Unix)?;
+        let mut args = vec!["--db".to_owned(), database.spec()];
+        args.extend(NAMES.iter().flat_map(|name| ["--cert".to_owned(), (*name).to_owned()]));
+        args.push(link.endpoint());
+        Ok(Self {
+            qemu: link.qemu(),
+            about_qemu: "A USB card reader (usb-ccid) and in it a card that somebody brings over a socket \
+                         (ccid-card-passthru).",
+            program: "vscclient",
+            args,
+            about_program: "It makes a card of the three certificates and brings it over the socket; the keys stay \
+                            on this side.",
+            done: "card inserted",
+            recipe: format!(
+                "Certificates of an NSS database you have, and a machine on a PC with a UHCI controller (-usb):
+
+  qemu-system-x86_64 -m 2G -drive file=disk.qcow2 -usb \\
+    -chardev socket,id=card,path=$XDG_RUNTIME_DIR/card,server=on,wait=off \\
+    -device usb-ccid,bus=usb-bus.0 -device ccid-card-passthru,chardev=card
+
+  {} --db sql:$HOME/certs --cert NICKNAME --cert ANOTHER unix:$XDG_RUNTIME_DIR/card",
+                here(&program("vscclient")?)
+            ),
+            _sockets: Box::new(link),
+        })
+    }
+
+    fn usbredir(database: &Database) -> Result<Self> {
+        let place = Place::new(Bus::Xhci)?;
+        Ok(Self {
+            qemu: place.qemu(),
+            about_qemu: "An xHCI controller, and on it a USB device that somebody brings over a socket (usb-redir).",
+            program: "ccid-device",
+            args: ["--reader", &place.reader(""), "--card", &certificates(database, "")]
+                .map(str::to_owned)
+                .into(),
+            about_program: "It makes a USB card reader and in it a card of the three certificates; the keys stay on \
+                            this side.",
+            done: "reader 0: a guest has it",
+            recipe: format!(
+                "Certificates of an NSS database you have, and a machine with an xHCI controller:
+
+  qemu-system-x86_64 -m 2G -drive file=disk.qcow2 -device qemu-xhci \\
+    -chardev socket,id=reader,path=$XDG_RUNTIME_DIR/reader,server=on,wait=off \\
+    -device usb-redir,chardev=reader
+
+  {} --reader usbredir,unix:$XDG_RUNTIME_DIR/reader \\
+    --card cert,db=sql:$HOME/certs,cert=NICKNAME,cert=ANOTHER",
+                here(&program("ccid-device")?)
+            ),
+            _sockets: Box::new(place),
+        })
+    }
+}
+
+async fn shown(tour: &mut Tour, passthru: bool) -> Result<()> {
     println!("A virtual smartcard in a virtual machine. $ is this machine, guest# the one inside QEMU.");
     println!("D={} is a directory for the time of this demo.", tour.scratch);
 
@@ -117,12 +193,9 @@ async fn shown(tour: &mut Tour) -> Result<()> {
     tour.output(&format!("kernel     {}", image.kernel.display()), &[]);
     tour.output(&format!("initramfs  {}", image.initramfs.display()), &[]);
 
-    tour.step(
-        "QEMU",
-        "A USB card reader (usb-ccid) and in it a card that somebody brings over a socket (ccid-card-passthru).",
-    );
-    let link = Link::new(Road::Unix)?;
-    let reader = link.qemu();
+    let way = if passthru { Way::passthru(&database)? } else { Way::usbredir(&database)? };
+    tour.step("QEMU", way.about_qemu);
+    let reader = way.qemu;
     if !tour.full {
         tour.command(
             "$",
@@ -137,19 +210,13 @@ async fn shown(tour: &mut Tour) -> Result<()> {
         tour.command("$", &format!("{} \\\n{}", words[0], lines(&words[1..])));
     }
 
-    tour.step(
-        "vscclient",
-        "It makes a card of the three certificates and brings it over the socket; the keys stay on this side. The \
-         reader is emptied first, so that a guest that knew an earlier card notices.",
-    );
+    tour.step(way.program, way.about_program);
     let state = Path::new(&tour.scratch).join("state");
-    let mut args = vec!["--db".to_owned(), database.spec()];
-    args.extend(NAMES.iter().flat_map(|name| ["--cert".to_owned(), (*name).to_owned()]));
-    args.push(link.endpoint());
-    let typed = format!("{} \\\n{}", here(&program("vscclient")?), lines(&args));
+    let args = way.args;
+    let typed = format!("{} \\\n{}", here(&program(way.program)?), lines(&args));
     tour.command("$", &format!("XDG_STATE_HOME={} {typed} &", state.display()));
-    let mut client = Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(&state))])?;
-    let inserted = tour.wait("the card is inserted", client.line("card inserted")).await;
+    let mut client = Process::start(way.program, args, &[("XDG_STATE_HOME", OsStr::new(&state))])?;
+    let inserted = tour.wait("the guest takes it", client.line(way.done)).await;
     // Without what its log puts before each line.
     let said = client.log();
     let said: Vec<_> =
@@ -158,12 +225,12 @@ async fn shown(tour: &mut Tour) -> Result<()> {
     inserted?;
 
     let used = use_the_card(tour, &guest, &database).await;
-    used.map_err(|error| anyhow!("{error:#}\n--- vscclient:\n{}", client.log()))?;
+    used.map_err(|error| anyhow!("{error:#}\n--- {}:\n{}", way.program, client.log()))?;
     client.terminate().await?;
     guest.shutdown().await;
 
     tour.title("For a machine of your own");
-    println!("{}", recipe(&program("vscclient")?));
+    println!("{}\n\nIn the guest: pcscd, libccid and OpenSC; then `pkcs11-tool -L`.", way.recipe);
     Ok(())
 }
 
@@ -220,22 +287,6 @@ async fn use_the_card(tour: &mut Tour, guest: &Guest, database: &Database) -> Re
         ensure!(!database.verifies(name, b"Another message.", &signature)?, "openssl verifies anything");
     }
     Ok(())
-}
-
-/// The same with nothing temporary in it.
-fn recipe(vscclient: &Path) -> String {
-    format!(
-        "Certificates of an NSS database you have, and a machine on a PC with a UHCI controller (-usb):
-
-  qemu-system-x86_64 -m 2G -drive file=disk.qcow2 -usb \\
-    -chardev socket,id=card,path=$XDG_RUNTIME_DIR/card,server=on,wait=off \\
-    -device usb-ccid -device ccid-card-passthru,chardev=card
-
-  {} --db sql:$HOME/certs --cert NICKNAME --cert ANOTHER unix:$XDG_RUNTIME_DIR/card
-
-In the guest: pcscd, libccid and OpenSC; then `pkcs11-tool -L`.",
-        here(vscclient)
-    )
 }
 
 /// What is shown, and how.

@@ -159,6 +159,30 @@ async fn sigterm_unplugs_and_sighup_loses_nothing() -> Result<()> {
     Ok(())
 }
 
+/// As most recipes have it: QEMU listens, the daemon connects, before or after.
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_listens() -> Result<()> {
+    let (place, database, state) = (Place::new(Bus::Xhci)?, Database::with_password()?, tempfile::tempdir()?);
+    let socket = place.path("qemu");
+    let reader = format!("usbredir,unix:{socket}");
+    let daemon = || {
+        let args = ["--reader", &reader, "--card", &certificates(&database, "")];
+        Process::start("ccid-device", args, &[("XDG_STATE_HOME", OsStr::new(state.path()))])
+    };
+    let mut first = daemon()?;
+    first.line("trying again").await?;
+    let chardev = format!("socket,id=reader,path={socket},server=on,wait=off");
+    let qemu = ["-device", "qemu-xhci", "-chardev", &chardev, "-device", "usb-redir,chardev=reader"];
+    let guest = Guest::boot(Boot::with(qemu)).await?;
+    guest.start_pcscd().await?;
+    works(&guest).await?;
+    let (gone, ended) = tokio::join!(guest.ok("guest-pcsc wait-reader 20 0"), first.terminate());
+    gone?;
+    ensure!(ended?.success());
+    let _second = daemon()?;
+    works(&guest).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn device_del_and_add_and_reset() -> Result<()> {
     let stack = Stack::start(Bus::Xhci, "", one_card).await?;

@@ -69,9 +69,7 @@ async fn ten_seconds() -> Result<()> {
         stack.cards[0].sleeping(2).await?;
         stack.guest.ok("killall -9 pcscd; while pidof pcscd; do usleep 20000; done").await?;
         let start = Instant::now();
-        let used = is_usable(&stack).await;
-        println!("{}", stack.guest.ok("tail -40 /tmp/pcscd.log").await?);
-        used?;
+        is_usable(&stack).await?;
         println!("usable {:?} after pcscd was killed", start.elapsed());
         anyhow::Ok(())
     };

@@ -224,7 +224,7 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         let events = events.clone();
         tokio::spawn(async move {
             while let Some(event) = told.recv().await {
-                tracing::info!("reader {number}: {event:?}");
+                tracing::info!("reader {number}: {event}");
                 let _ = events.send((number, event));
             }
         });
