@@ -6,7 +6,9 @@
 mod packages;
 mod steps;
 
-use std::process::ExitCode;
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
 
 use steps::{Failure, Steps};
 
@@ -15,7 +17,7 @@ usage: cargo xtask COMMAND
 
   setup               install the Debian packages that building and testing need
   test [ARGS]         everything: unit tests, then the stack against QEMU, a Debian guest, pcscd and OpenSC
-  soak [ARGS]         the stack tests again, longer: with STACK_SCALE=soak
+  soak [ARGS]         five minutes for each fuzz target, then the stack tests, longer: with STACK_SCALE=soak
   demo [ARGS]         boot a guest and use a virtual card in it
   bench [ARGS]        measure the libraries, then the stack
   guest               build the test guest's image
@@ -26,13 +28,16 @@ examples:
   cargo xtask setup
   cargo xtask test
   cargo xtask test guest_boots        only stack tests whose name has this in it (unit tests all run)
-  STACK_SCALE=soak cargo xtask test   what `cargo xtask soak` does, and the unit tests before it
+  STACK_SCALE=soak cargo xtask test   the stack tests of `cargo xtask soak`, and the unit tests before them
   cargo xtask demo -- --help
 ";
 
 /// What the stack tests start: the programs of these packages.
 const PROGRAMS: [&str; 8] =
     ["build", "--locked", "-p", "ccid-device", "-p", "vscclient", "-p", "stack-tests"];
+
+/// In `fuzz/fuzz_targets`.
+const FUZZ_TARGETS: [&str; 4] = ["ccid", "usbredir", "usbip", "vscard"];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -85,8 +90,33 @@ fn test(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
 fn soak(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
     setup(steps)?;
     steps.inside("tools", packages::probe)?;
+    fuzz(steps)?;
     steps.cargo("programs", PROGRAMS.iter().chain(&["--bins"]), &[])?;
     stack_tests(steps, args, &[("STACK_SCALE", "soak")])
+}
+
+/// Each target in turn. What is found to be of interest stays out of the checked-in corpora.
+fn fuzz(steps: &mut Steps) -> Result<(), Failure> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let version = Command::new(cargo).args(["fuzz", "--version"]).stderr(Stdio::null()).status();
+    if !version.is_ok_and(|status| status.success()) {
+        eprintln!("xtask: cargo-fuzz is NOT INSTALLED; installing it from crates.io, for this user");
+        steps.cargo("cargo-fuzz", ["install", "--locked", "cargo-fuzz"], &[])?;
+    }
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("fuzz");
+    for target in FUZZ_TARGETS {
+        let (found, corpus) = (fuzz.join("target/corpus").join(target), fuzz.join("corpus").join(target));
+        std::fs::create_dir_all(&found)
+            .map_err(|error| Failure::Other(format!("{}: {error}", found.display())))?;
+        let mut args: Vec<&OsStr> = ["fuzz", "run", "--fuzz-dir"].map(OsStr::new).to_vec();
+        args.extend([fuzz.as_os_str(), OsStr::new(target), found.as_os_str(), corpus.as_os_str()]);
+        args.extend(["--", "-max_total_time=300", "-timeout=10", "-rss_limit_mb=512"].map(OsStr::new));
+        args.extend(["-max_len=4096", "-print_final_stats=1"].map(OsStr::new));
+        // The sanitizer keeps 256 MiB of freed memory otherwise, which would hide what is really used.
+        let environment = [("RUSTC_BOOTSTRAP", "1"), ("ASAN_OPTIONS", "quarantine_size_mb=32")];
+        steps.cargo(&format!("fuzz target {target}"), args, &environment)?;
+    }
+    Ok(())
 }
 
 /// One at a time: each has a machine of its own, and on few cores two of them only slow each other down.

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use crate::steps::{self, Failure};
 
 /// Each with what it is for.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 16] = [
     ("pkg-config", "tells cargo where C libraries are"),
     ("libpcsclite-dev", "PC/SC: real readers of the host, the guest's PC/SC program"),
     ("libnss3-dev", "NSS: certificates and keys of the emulated card"),
@@ -25,11 +25,13 @@ const PACKAGES: [(&str, &str); 14] = [
     ("opensc-pkcs11", "OpenSC as a PKCS#11 module"),
     ("busybox-static", "the guest's shell and tools; depmod for its modules"),
     ("xz-utils", "unpacks the guest's kernel"),
+    ("tshark", "dissects the USB traffic that QEMU records"),
+    ("g++", "libFuzzer, for `cargo xtask soak`"),
     ("ca-certificates", "lets cargo and apt-get talk to their servers"),
 ];
 
-/// Programs that make the guest and run it.
-const TOOLS: [(&str, &str); 10] = [
+/// Programs that make the guest, run it, and look at what it did.
+const TOOLS: [(&str, &str); 11] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("busybox", "busybox-static"),
     ("xz", "xz-utils"),
@@ -40,6 +42,7 @@ const TOOLS: [(&str, &str); 10] = [
     ("dpkg", "dpkg"),
     ("setpriv", "util-linux"),
     ("ldd", "libc-bin"),
+    ("tshark", "tshark"),
 ];
 
 const LISTS: &str = "/var/lib/apt/lists";

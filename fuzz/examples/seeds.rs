@@ -1,0 +1,933 @@
+//! Writes the corpora anew: `cargo run --example seeds` in this directory. Each file is a short story of what peers
+//! say to each other; the order of bytes is that of `src/*.rs`.
+
+use std::{env, fs, io, path::Path};
+
+/// A story, and what it is called.
+type Seed = (&'static str, Vec<Vec<u8>>);
+
+fn main() -> io::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    for (target, seeds) in
+        [("ccid", ccid()), ("usbredir", usbredir()), ("usbip", usbip()), ("vscard", vscard())]
+    {
+        let directory = root.join(target);
+        fs::create_dir_all(&directory)?;
+        for (name, pieces) in seeds {
+            fs::write(directory.join(name), pieces.concat())?;
+        }
+    }
+    Ok(())
+}
+
+fn block(bytes: &[u8]) -> Vec<u8> {
+    match u8::try_from(bytes.len()) {
+        Ok(length @ ..0xFE) => [&[length], bytes].concat(),
+        _ => [&[0xFE], &(bytes.len() as u16).to_le_bytes()[..], bytes].concat(),
+    }
+}
+
+/// These bytes and so many more.
+fn long(bytes: &[u8], more: u16) -> Vec<u8> {
+    [&[0xFF, bytes.len() as u8], bytes, &more.to_le_bytes()].concat()
+}
+
+fn bytes(bytes: &[u8]) -> Vec<u8> {
+    bytes.to_vec()
+}
+
+const SELECT: [u8; 11] = [0x00, 0xA4, 0x04, 0x00, 0x06, 0xA0, 0x00, 0x00, 0x00, 0x79, 0x03];
+
+// ---- cards, for all readers -----------------------------------------------------------------------------
+
+fn insert(event: u8, slot: u8) -> Vec<u8> {
+    vec![event, 0, slot]
+}
+
+fn remove(event: u8, slot: u8) -> Vec<u8> {
+    vec![event, 1, slot]
+}
+
+fn powered(event: u8) -> Vec<u8> {
+    vec![event, 2, 0, 0]
+}
+
+fn response(event: u8, data: &[u8]) -> Vec<u8> {
+    [&[event, 2, 0, 3], &block(data)[..]].concat()
+}
+
+fn response_of(event: u8, length: u16) -> Vec<u8> {
+    [&[event, 2, 0, 4], &length.to_le_bytes()[..]].concat()
+}
+
+fn failed(event: u8, how: u8) -> Vec<u8> {
+    vec![event, 2, 0, how]
+}
+
+fn pass(event: u8, milliseconds: u16) -> Vec<u8> {
+    [&[event, 4], &(milliseconds / 4).to_le_bytes()[..]].concat()
+}
+
+// ---- the device -----------------------------------------------------------------------------------------
+
+fn setup(setup: [u8; 8]) -> Vec<u8> {
+    [&[0], &setup[..], &[0]].concat()
+}
+
+fn ccid() -> Vec<Seed> {
+    const CARD: u8 = 14;
+    let configure = || setup([0, 9, 1, 0, 0, 0, 0, 0]);
+    // The place of a message's type in the body's list.
+    let say = |kind: u8, slot: u8, seq: u8, parameters: [u8; 3], data: Vec<u8>| {
+        [&[3, kind, 0, slot, seq], &parameters[..], &data].concat()
+    };
+    let (on, off, status, xfr) = (0, 1, 2, 3);
+    let plain = |kind: u8, seq: u8| say(kind, 0, seq, [0; 3], vec![0]);
+    let apdu = |seq: u8| say(xfr, 0, seq, [0; 3], block(&SELECT));
+    let read = || bytes(&[7, 0, 0]);
+    let packet = || bytes(&[7, 0, 1]);
+    let notification = || bytes(&[11, 0]);
+    let abort = |slot: u8, seq: u8| bytes(&[1, slot, seq, 0, 4]);
+    let one = || bytes(&[0, 0, 0]);
+    let up = |config: [u8; 3]| {
+        [bytes(&config), configure(), insert(CARD, 0), plain(on, 1), powered(CARD), read()].concat()
+    };
+    vec![
+        (
+            "enumeration",
+            vec![
+                one(),
+                setup([0x80, 6, 0, 1, 0, 0, 64, 0]),
+                setup([0x80, 6, 0, 6, 0, 0, 10, 0]),
+                setup([0x80, 6, 0, 2, 0, 0, 9, 0]),
+                setup([0x80, 6, 0, 2, 0, 0, 255, 0]),
+                setup([0x80, 6, 0, 3, 0, 0, 255, 0]),
+                setup([0x80, 6, 1, 3, 9, 4, 255, 0]),
+                setup([0x80, 6, 3, 3, 9, 4, 255, 0]),
+                configure(),
+                setup([0x80, 8, 0, 0, 0, 0, 1, 0]),
+                setup([0x81, 10, 0, 0, 0, 0, 1, 0]),
+                setup([0xA1, 2, 0, 0, 0, 0, 4, 0]),
+                setup([0xA1, 3, 0, 0, 0, 0, 255, 0]),
+                setup([0x82, 0, 0, 0, 0x81, 0, 2, 0]),
+                insert(CARD, 0),
+                notification(),
+                plain(status, 0),
+                read(),
+            ],
+        ),
+        ("apdu", vec![up([0, 0, 0]), apdu(2), response(CARD, &[1; 20]), read(), plain(off, 3), read()]),
+        ("apdu-full-speed", vec![up([3, 1, 1]), apdu(2), response_of(CARD, 54), packet(), packet(), apdu(3)]),
+        (
+            "every-message",
+            vec![
+                up([0, 0, 0]),
+                (0..14)
+                    .map(|kind| [say(kind, 0, kind, [0; 3], vec![0]), read()].concat())
+                    .collect::<Vec<_>>()
+                    .concat(),
+                (0..14)
+                    .map(|kind| [say(kind, 1, kind, [0; 3], vec![0]), read()].concat())
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+        (
+            "parameters",
+            vec![
+                up([0, 0, 0]),
+                plain(4, 2),
+                plain(5, 3),
+                say(6, 0, 4, [1, 0, 0], block(&[0x11, 0x10, 0, 0x4D, 0, 0xFE, 0])),
+                say(6, 0, 5, [0, 0, 0], block(&[0x11, 0, 0, 10, 0])),
+                say(6, 0, 6, [9, 0, 0], block(&[1; 7])),
+                [read(), read(), read(), read(), read()].concat(),
+            ],
+        ),
+        (
+            "chained-command",
+            vec![
+                up([0, 1, 0]),
+                say(xfr, 0, 2, [0, 1, 0], block(&[0x5A; 200])),
+                read(),
+                say(xfr, 0, 3, [0, 3, 0], block(&[0x5A; 250])),
+                read(),
+                say(xfr, 0, 4, [0, 2, 0], block(&[0x5A; 20])),
+                response(CARD, &[]),
+                read(),
+            ],
+        ),
+        (
+            "chained-answer",
+            vec![
+                up([0, 1, 0]),
+                apdu(2),
+                response_of(CARD, 900),
+                read(),
+                say(xfr, 0, 3, [0, 0x10, 0], vec![0]),
+                packet(),
+                [packet(), packet(), packet(), packet(), packet()].concat(),
+                say(xfr, 0, 4, [0, 0x10, 0], vec![0]),
+                apdu(5),
+                read(),
+            ],
+        ),
+        (
+            "extended",
+            vec![
+                up([0, 0, 0]),
+                say(xfr, 0, 2, [0; 3], long(&[0, 0xDB, 0x3F, 0xFF, 0, 0xFF, 0xFF], 65_535)),
+                failed(CARD, 5),
+                read(),
+                say(xfr, 0, 3, [0; 3], long(&[0, 0xDB, 0x3F, 0xFF, 0, 0xFF, 0xF0], 65_535)),
+                read(),
+            ],
+        ),
+        (
+            "packets",
+            vec![
+                up([0, 3, 0]),
+                [&[0x83, xfr, 0, 0, 2, 0, 0, 0], &long(&[0, 0xDB, 0x3F, 0xFF, 0xFB], 251)[..]].concat(),
+                response_of(CARD, 118),
+                [packet(), packet(), packet()].concat(),
+                bytes(&[2, 1, 64]),
+                vec![0x6F; 64],
+                bytes(&[2, 1, 3, 1, 2, 3]),
+                bytes(&[2, 1, 0]),
+            ],
+        ),
+        (
+            "abort-control-first",
+            vec![up([0, 0, 0]), apdu(2), abort(0, 3), apdu(4), plain(12, 3), read(), read()],
+        ),
+        (
+            "abort-bulk-first",
+            vec![up([0, 0, 0]), apdu(2), plain(12, 3), apdu(4), abort(0, 3), read(), read()],
+        ),
+        (
+            "abort-mixed",
+            vec![up([0, 0, 0]), abort(0, 3), plain(12, 4), abort(0, 5), plain(12, 5), read(), read()],
+        ),
+        (
+            "time-extension",
+            vec![
+                up([0, 0, 0]),
+                apdu(2),
+                pass(CARD, 1500),
+                read(),
+                pass(CARD, 1500),
+                pass(CARD, 1500),
+                apdu(3),
+                response(CARD, &[]),
+                read(),
+                read(),
+            ],
+        ),
+        (
+            "power-on-times-out",
+            vec![
+                one(),
+                configure(),
+                insert(CARD, 0),
+                plain(on, 1),
+                pass(CARD, 40_000),
+                powered(CARD),
+                read(),
+            ],
+        ),
+        (
+            "removed-at-work",
+            vec![
+                up([0, 0, 0]),
+                apdu(2),
+                remove(CARD, 0),
+                response(CARD, &[]),
+                read(),
+                notification(),
+                insert(CARD, 0),
+            ],
+        ),
+        (
+            "swapped-at-work",
+            vec![
+                up([0, 0, 0]),
+                apdu(2),
+                insert(CARD, 0),
+                notification(),
+                read(),
+                plain(on, 3),
+                powered(CARD),
+                read(),
+            ],
+        ),
+        (
+            "card-fails",
+            vec![
+                (6..10)
+                    .map(|how| [up([0, 0, 0]), apdu(2), failed(CARD, how), read()].concat())
+                    .collect::<Vec<_>>()
+                    .concat(),
+                plain(on, 9),
+                response(CARD, &[]),
+                read(),
+            ],
+        ),
+        (
+            "reset-at-work",
+            vec![
+                up([0, 0, 0]),
+                apdu(2),
+                bytes(&[13]),
+                response(CARD, &[]),
+                configure(),
+                notification(),
+                apdu(3),
+                read(),
+            ],
+        ),
+        (
+            "configured-at-work",
+            vec![up([0, 0, 0]), apdu(2), configure(), read(), setup([1, 11, 0, 0, 0, 0, 0, 0]), plain(on, 3)],
+        ),
+        (
+            "halts",
+            vec![
+                up([0, 0, 0]),
+                bytes(&[1, 0, 0, 0, 3]),
+                apdu(2),
+                bytes(&[1, 0, 0, 0, 2]),
+                apdu(3),
+                response(CARD, &[1, 2, 3]),
+                bytes(&[1, 0x80, 0, 0, 3]),
+                read(),
+                bytes(&[1, 0x80, 0, 0, 2]),
+                read(),
+                plain(status, 4),
+                read(),
+            ],
+        ),
+        (
+            "given-back",
+            vec![
+                up([0, 0, 0]),
+                apdu(2),
+                response_of(CARD, 200),
+                packet(),
+                packet(),
+                bytes(&[9, 0, 9, 0]),
+                read(),
+                bytes(&[9, 0]),
+                read(),
+                plain(status, 3),
+                bytes(&[10, 0, 0]),
+            ],
+        ),
+        (
+            "notified-again",
+            vec![
+                one(),
+                configure(),
+                insert(CARD, 0),
+                bytes(&[0x8B, 0]),
+                notification(),
+                bytes(&[12, 0x82, 0]),
+            ],
+        ),
+        (
+            "unread",
+            vec![up([0, 0, 0]), (0..70).map(|seq| plain(status, seq)).collect::<Vec<_>>().concat(), read()],
+        ),
+        (
+            "saved-at-work",
+            vec![up([0, 0, 0]), apdu(2), bytes(&[0x8D]), powered(CARD), read(), apdu(3), response(CARD, &[])],
+        ),
+        (
+            "saved-in-parts",
+            vec![
+                up([0, 1, 0]),
+                apdu(2),
+                response_of(CARD, 900),
+                packet(),
+                bytes(&[0x8D]),
+                powered(CARD),
+                read(),
+                say(xfr, 0, 3, [0, 0x10, 0], vec![0]),
+                read(),
+            ],
+        ),
+        (
+            "saved-with-damage",
+            vec![
+                up([0, 0, 0]),
+                apdu(2),
+                bytes(&[0x2D, 40, 0, 1]),
+                bytes(&[0x2D, 60, 0, 255]),
+                bytes(&[0x2D, 90, 0, 2]),
+            ],
+        ),
+        (
+            "four-slots",
+            vec![
+                bytes(&[1, 0, 0]),
+                configure(),
+                (0..4).map(|slot| insert(CARD, slot)).collect::<Vec<_>>().concat(),
+                notification(),
+                (0..5)
+                    .map(|slot| [say(on, slot, slot, [0; 3], vec![0]), powered(CARD)].concat())
+                    .collect::<Vec<_>>()
+                    .concat(),
+                (0..4)
+                    .map(|slot| say(xfr, slot, 9 + slot, [0; 3], block(&SELECT)))
+                    .collect::<Vec<_>>()
+                    .concat(),
+                response(CARD, &[1]),
+                [read(), read(), read(), read(), read(), read()].concat(),
+            ],
+        ),
+        (
+            "seven-interfaces",
+            vec![
+                bytes(&[5, 0, 0]),
+                configure(),
+                (0..7).map(|slot| insert(CARD, slot)).collect::<Vec<_>>().concat(),
+                (0..7)
+                    .map(|at| {
+                        [
+                            bytes(&[11, at]),
+                            bytes(&[3, on, at, 0, 1, 0, 0, 0, 0]),
+                            powered(CARD),
+                            bytes(&[7, at, 0]),
+                        ]
+                        .concat()
+                    })
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+    ]
+}
+
+// ---- usbredir -------------------------------------------------------------------------------------------
+
+fn usbredir() -> Vec<Seed> {
+    const CARD: u8 = 14;
+    let start = || bytes(&[0, 0, 0, 0]);
+    let configure = || bytes(&[0x0B, 0, 1]);
+    let receive = || bytes(&[0x1B, 0, 2]);
+    let stop = || bytes(&[0x2B, 0, 3]);
+    let reset = || bytes(&[0x3B, 0, 4]);
+    let read = |id: u8| bytes(&[7, 0, id, 0]);
+    let cancel = |id: u8| bytes(&[10, id]);
+    let say = |id: u8, kind: u8, seq: u8, data: Vec<u8>| [&[5, 0, id, kind, 0, seq], &data[..]].concat();
+    let control = |id: u8, setup: [u8; 8]| [&[9, id], &setup[..], &[0]].concat();
+    let (on, status, xfr) = (0, 2, 3);
+    let up = || {
+        [
+            start(),
+            reset(),
+            reset(),
+            control(8, [0x80, 6, 0, 1, 0, 0, 18, 0]),
+            control(9, [0x80, 6, 0, 2, 0, 0, 255, 0]),
+            configure(),
+            receive(),
+            insert(CARD, 0),
+            read(10),
+            say(11, on, 1, vec![0]),
+            powered(CARD),
+        ]
+        .concat()
+    };
+    let apdu = |seq: u8| [read(20 + seq), say(40 + seq, xfr, seq, block(&SELECT))].concat();
+    let mut first = [0; 80];
+    first[4] = 68;
+    first[76] = 0x7E;
+    vec![
+        ("apdu", vec![up(), apdu(2), response(CARD, &[1; 20]), apdu(3), response_of(CARD, 5000)]),
+        (
+            "enumeration",
+            vec![
+                start(),
+                (0..10)
+                    .map(|kind| control(kind, [0x80, 6, kind, kind & 3, 9, 4, 255, 0]))
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+        (
+            "hello-in-pieces",
+            vec![
+                bytes(&[0, 0, 0, 1, 0]),
+                first
+                    .chunks(7)
+                    .map(|piece| [bytes(&[1]), block(piece)].concat())
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+        (
+            "old-peer",
+            vec![
+                bytes(&[0, 0, 0, 1, 0, 2, 0]),
+                [&[4, 6, 0], &block(&[1])[..]].concat(),
+                [&[4, 101, 9], &block(&[0x81, 0, 64, 0, 0, 0, 0, 0])[..]].concat(),
+            ],
+        ),
+        ("second-hello", vec![up(), bytes(&[2, 0xFF]), apdu(2)]),
+        ("not-hello", vec![bytes(&[0, 0, 0, 1, 0]), read(1), bytes(&[0, 1, 8]), vec![0xFF; 8]]),
+        ("cancel", vec![up(), read(50), cancel(50), read(51), cancel(52), cancel(51)]),
+        (
+            "cancel-crossed",
+            vec![up(), apdu(2), response(CARD, &[1, 2, 3]), cancel(22), read(60), cancel(60), read(61)],
+        ),
+        (
+            "cancel-crossed-two",
+            vec![
+                up(),
+                apdu(2),
+                response(CARD, &[1]),
+                read(62),
+                say(63, status, 3, vec![0]),
+                cancel(22),
+                cancel(62),
+                read(64),
+                read(65),
+            ],
+        ),
+        (
+            "notifications",
+            vec![
+                up(),
+                remove(CARD, 0),
+                insert(CARD, 0),
+                stop(),
+                remove(CARD, 0),
+                receive(),
+                stop(),
+                receive(),
+            ],
+        ),
+        (
+            "migration",
+            vec![
+                up(),
+                apdu(2),
+                bytes(&[0]),
+                response(CARD, &[5; 9]),
+                read(70),
+                say(71, status, 3, vec![0]),
+                bytes(&[12]),
+            ],
+        ),
+        (
+            "migration-in-a-packet",
+            vec![
+                up(),
+                bytes(&[1, 9, 101, 0, 0, 0, 10, 0, 0, 0, 7, 0]),
+                bytes(&[0]),
+                bytes(&[1, 7, 0, 0, 0, 0, 0, 0, 1]),
+                read(72),
+            ],
+        ),
+        (
+            "migration-silent",
+            vec![up(), bytes(&[0]), bytes(&[0]), read(70), bytes(&[0x47, 0, 71, 0]), bytes(&[12])],
+        ),
+        (
+            "reconnect",
+            vec![up(), bytes(&[12]), insert(CARD, 0), bytes(&[0, 2, 0xFF]), configure(), receive()],
+        ),
+        (
+            "unplug",
+            vec![up(), read(30), bytes(&[13]), bytes(&[3, 24, 0, 0]), bytes(&[0x1D]), configure(), read(31)],
+        ),
+        (
+            "unplug-at-work",
+            vec![up(), apdu(2), bytes(&[13, 0x1D]), response(CARD, &[]), bytes(&[3, 24, 0, 0])],
+        ),
+        ("rejected", vec![up(), bytes(&[3, 22, 0, 0]), read(32), bytes(&[13, 0x1D])]),
+        (
+            "reset-at-work",
+            vec![up(), apdu(2), read(33), reset(), response(CARD, &[]), configure(), read(34), apdu(3)],
+        ),
+        (
+            "halt",
+            vec![
+                up(),
+                control(1, [2, 3, 0, 0, 0x81, 0, 0, 0]),
+                read(35),
+                control(2, [2, 1, 0, 0, 0x81, 0, 0, 0]),
+                read(36),
+                control(3, [2, 3, 0, 0, 0x82, 0, 0, 0]),
+                receive(),
+            ],
+        ),
+        (
+            "extended",
+            vec![
+                up(),
+                say(41, xfr, 2, long(&[0, 0xDB, 0x3F, 0xFF, 0, 0xFF, 0xFF], 65_535)),
+                failed(CARD, 5),
+                read(42),
+                cancel(42),
+                read(43),
+            ],
+        ),
+        ("too-many-waiting", vec![up(), (0..70).map(|id| read(100 + id)).collect::<Vec<_>>().concat()]),
+        (
+            "every-type",
+            vec![
+                up(),
+                (1..28)
+                    .chain(100..106)
+                    .map(|kind| [bytes(&[3, kind, kind]), block(&[0x81, 0, 0, 0, 0, 0, 0, 0, 0, 0])].concat())
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+        (
+            "answers-expire",
+            vec![up(), apdu(2), response(CARD, &[1, 2, 3]), pass(CARD, 40_000), cancel(22), read(66)],
+        ),
+        (
+            "seven-interfaces",
+            vec![
+                bytes(&[5, 0, 0, 0]),
+                configure(),
+                (0..7)
+                    .map(|at| {
+                        [
+                            bytes(&[0x1B, at, 2]),
+                            bytes(&[7, at, at, 0]),
+                            insert(CARD, at),
+                            bytes(&[5, at, 9, 2, 0, 1, 0]),
+                        ]
+                        .concat()
+                    })
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+    ]
+}
+
+// ---- USB/IP ---------------------------------------------------------------------------------------------
+
+fn usbip() -> Vec<Seed> {
+    const CARD: u8 = 13;
+    let start = || bytes(&[0, 0, 0, 0]);
+    let import = || bytes(&[2, 0]);
+    let control = |which: u8| bytes(&[3, which]);
+    let read = || bytes(&[8, 1, 0]);
+    let say = |kind: u8, seq: u8, data: Vec<u8>| [&[5, 0, kind, 0, seq], &data[..]].concat();
+    let unlink = |back: u8| bytes(&[2, back]);
+    let (on, status, xfr) = (0, 2, 3);
+    let up = || {
+        [
+            start(),
+            import(),
+            control(7),
+            control(1),
+            control(0),
+            bytes(&[8, 2, 2]),
+            insert(CARD, 0),
+            read(),
+            say(on, 1, vec![0]),
+            powered(CARD),
+        ]
+        .concat()
+    };
+    let apdu = |seq: u8| [read(), say(xfr, seq, block(&SELECT))].concat();
+    // The kernel's first transfer in the request's last piece.
+    let submit = [
+        &[0, 0, 0, 1, 0, 0, 0, 100, 0, 1, 0, 1, 0, 0, 0, 1],
+        &[0; 8][..],
+        &[0, 0, 0, 2],
+        &[0; 12],
+        &[0x80, 0, 0, 0, 0, 0, 2, 0],
+    ]
+    .concat();
+    let truncated = [
+        &[0, 0, 0, 1, 0, 0, 0, 101, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
+        &[0, 0, 1, 0][..],
+        &[0; 20],
+    ]
+    .concat();
+    vec![
+        ("list", vec![start(), bytes(&[1, 0]), bytes(&[1, 0])]),
+        ("no-such-device", vec![start(), bytes(&[0xC2, 0]), bytes(&[2, 0])]),
+        ("other-version", vec![start(), bytes(&[0, 8, 1, 6, 0x80, 5, 0, 0, 0, 0])]),
+        ("other-request", vec![start(), bytes(&[0, 8, 1, 0x11, 0x80, 9, 0, 0, 0, 0])]),
+        ("half-request", vec![start(), bytes(&[0, 9, 1, 0x11, 0x80, 3, 0, 0, 0, 0, b'1'])]),
+        (
+            "two-clients",
+            vec![start(), import(), control(0), vec![0xC0, 0, 3], bytes(&[0, 0]), import(), control(0)],
+        ),
+        ("import-and-more", vec![start(), [&[2], &block(&submit)[..]].concat()]),
+        ("apdu", vec![up(), apdu(2), response(CARD, &[1; 20]), apdu(3), response_of(CARD, 5000)]),
+        (
+            "in-pieces",
+            vec![
+                start(),
+                import(),
+                bytes(&[0xC3, 0]),
+                insert(CARD, 0),
+                bytes(&[0xC8, 1, 0]),
+                [&[0xC5, 0, on, 0, 1], &block(&[1; 60])[..]].concat(),
+            ],
+        ),
+        ("unlink-waiting", vec![up(), read(), unlink(1), read(), read(), unlink(2), unlink(2)]),
+        ("unlink-answered", vec![up(), apdu(2), response(CARD, &[7]), unlink(2), unlink(9), unlink(0)]),
+        (
+            "unlink-several",
+            vec![
+                up(),
+                (0..10).map(|_| read()).collect::<Vec<_>>().concat(),
+                (0..12).map(|back| unlink(back + 1)).collect::<Vec<_>>().concat(),
+            ],
+        ),
+        (
+            "notifications",
+            vec![
+                up(),
+                bytes(&[8, 2, 2]),
+                remove(CARD, 0),
+                bytes(&[8, 2, 3]),
+                insert(CARD, 0),
+                bytes(&[8, 2, 1]),
+            ],
+        ),
+        (
+            "small-reads",
+            vec![
+                up(),
+                say(xfr, 2, block(&SELECT)),
+                response_of(CARD, 200),
+                (0..6).map(|_| bytes(&[8, 1, 1])).collect::<Vec<_>>().concat(),
+            ],
+        ),
+        ("configured-at-work", vec![up(), apdu(2), read(), control(0), response(CARD, &[]), apdu(3)]),
+        ("halts", vec![up(), control(4), read(), control(3), read(), control(5), say(status, 3, vec![0])]),
+        ("abort", vec![up(), apdu(2), control(2), say(4, 1, vec![0]), read()]),
+        (
+            "extended",
+            vec![
+                up(),
+                say(xfr, 2, long(&[0, 0xDB, 0x3F, 0xFF, 0, 0xFF, 0xFF], 65_535)),
+                failed(CARD, 5),
+                read(),
+                bytes(&[8, 1, 5]),
+            ],
+        ),
+        ("too-many-waiting", vec![up(), (0..70).map(|_| read()).collect::<Vec<_>>().concat()]),
+        (
+            "same-number",
+            vec![up(), bytes(&[1, 200, 0, 1, 1, 64, 0, 0, 0, 0]), bytes(&[1, 200, 0, 1, 1, 64, 0, 0, 0, 0])],
+        ),
+        ("other-device", vec![up(), bytes(&[1, 200, 255, 1, 1, 64, 0, 0, 0, 0])]),
+        (
+            "other-endpoint",
+            vec![
+                up(),
+                (0..20).map(|at| bytes(&[1, 200 + at, 0, 0, at, 0, 0, 0, 0, 0])).collect::<Vec<_>>().concat(),
+            ],
+        ),
+        ("half-transfer", vec![up(), [&[0], &block(&truncated)[..]].concat(), read()]),
+        (
+            "isochronous",
+            vec![
+                up(),
+                [
+                    &[0],
+                    &block(&[
+                        0, 0, 0, 1, 0, 0, 0, 9, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 8,
+                        0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                    ])[..],
+                ]
+                .concat(),
+            ],
+        ),
+        (
+            "seven-interfaces",
+            vec![
+                bytes(&[5, 0, 0, 2]),
+                import(),
+                control(0),
+                (0..7)
+                    .map(|at| {
+                        [
+                            bytes(&[8, 2 * at + 1, 0, 8, 2 * at + 2, 2]),
+                            insert(CARD, at),
+                            bytes(&[5, at, 2, 0, 1, 0]),
+                        ]
+                        .concat()
+                    })
+                    .collect::<Vec<_>>()
+                    .concat(),
+            ],
+        ),
+    ]
+}
+
+// ---- VSCard ---------------------------------------------------------------------------------------------
+
+fn vscard() -> Vec<Seed> {
+    let (client, host, both) = (0, 1, 2);
+    let due = || bytes(&[7, 5]);
+    // Three replies to zeros, Init, and the reader is taken.
+    let error = |code: u8| bytes(&[4, code]);
+    let plain = || bytes(&[3, 0]);
+    let extended = || bytes(&[3, 1, 0, 0]);
+    let inserted = || bytes(&[7, 0, 0]);
+    let removed = || bytes(&[7, 0, 3]);
+    let up = |init: Vec<u8>| {
+        [
+            vec![client],
+            error(1),
+            due(),
+            error(1),
+            init,
+            error(0),
+            inserted(),
+            due(),
+            error(0),
+            due(),
+            error(0),
+        ]
+        .concat()
+    };
+    let apdu = || [&[5], &block(&SELECT)[..]].concat();
+    let answer = |data: &[u8]| [&[7, 1, 0, 0, 1], &block(data)[..]].concat();
+    let message = |kind: u8, reader: u8, payload: &[u8]| [&[1, kind, reader], &block(payload)[..]].concat();
+    // The host's side.
+    let atr = || bytes(&[4, 0, 0]);
+    let transmit = || [&[7, 0, 0], &block(&[1, 2, 3])[..]].concat();
+    let result = |data: &[u8]| [&[5, 1], &block(data)[..]].concat();
+    let shown = |init: Vec<u8>| [vec![host], init, message(4, 0, b"reader"), atr()].concat();
+    let bring_up = || {
+        let more =
+            (0..24).map(|_| [bytes(&[7]), bytes(&[2, 5]), bytes(&[7])].concat()).collect::<Vec<_>>().concat();
+        [bytes(&[both]), bytes(&[2, 0, 0]), more].concat()
+    };
+    vec![
+        ("client-apdu", vec![up(plain()), apdu(), answer(&[1; 30]), apdu(), answer(&[])]),
+        (
+            "client-extended",
+            vec![
+                up(extended()),
+                message(9, 0, &[]),
+                bytes(&[7, 3, 0, 0]),
+                apdu(),
+                answer(&[2; 100]),
+                message(10, 0, &[]),
+            ],
+        ),
+        ("client-not-answered", vec![up(plain()), apdu(), due(), answer(&[])]),
+        (
+            "client-removed",
+            vec![up(plain()), apdu(), removed(), due(), error(0), due(), inserted(), due(), error(0)],
+        ),
+        ("client-swapped", vec![up(plain()), apdu(), inserted(), due(), error(0), due(), error(0), apdu()]),
+        ("client-leaves", vec![up(plain()), bytes(&[7, 4, 3]), error(0), error(0)]),
+        ("client-leaves-unacknowledged", vec![up(plain()), bytes(&[7, 4, 3]), due(), due()]),
+        (
+            "client-many-commands",
+            vec![
+                up(plain()),
+                (0..20).map(|_| apdu()).collect::<Vec<_>>().concat(),
+                (0..20).map(|_| answer(&[])).collect::<Vec<_>>().concat(),
+            ],
+        ),
+        (
+            "client-bad-commands",
+            vec![up(plain()), message(0, 0, &[0]), message(0, 2, &SELECT), message(0, 0, &[]), apdu()],
+        ),
+        (
+            "client-every-message",
+            vec![up(extended()), (0..13).map(|kind| message(kind, 0, &[0; 8])).collect::<Vec<_>>().concat()],
+        ),
+        (
+            "client-misaligned",
+            vec![
+                vec![client],
+                (0..30).map(|_| due()).collect::<Vec<_>>().concat(),
+                error(1),
+                due(),
+                error(1),
+                due(),
+            ],
+        ),
+        (
+            "client-parked",
+            vec![vec![client], (0..320).map(|_| due()).collect::<Vec<_>>().concat(), plain(), error(0)],
+        ),
+        (
+            "client-early-commands",
+            vec![vec![client], apdu(), apdu(), error(1), due(), error(1), plain(), error(0)],
+        ),
+        ("client-refused", vec![vec![client], error(1), due(), error(1), plain(), error(2)]),
+        ("client-other-magic", vec![vec![client], message(2, 0, b"XXXX\0\0\0\x02\0\0\0\0")]),
+        (
+            "client-too-long",
+            vec![vec![client], bytes(&[0, 12, 0, 0, 0, 7, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF])],
+        ),
+        ("client-flush", vec![up(plain()), apdu(), message(7, 0, &[]), answer(&[])]),
+        ("host-apdu", vec![shown(plain()), transmit(), result(&[1; 30]), transmit(), result(&[])]),
+        (
+            "host-extended",
+            vec![
+                shown(extended()),
+                bytes(&[7, 3]),
+                bytes(&[4, 1, 0]),
+                transmit(),
+                result(&[5; 200]),
+                bytes(&[7, 4]),
+                message(10, 0, &[]),
+            ],
+        ),
+        (
+            "host-old-client",
+            vec![vec![host], plain(), message(5, 0, &[]), message(4, 0, &[]), atr(), transmit(), result(&[])],
+        ),
+        ("host-late-answer", vec![shown(plain()), transmit(), due(), transmit(), result(&[1]), result(&[2])]),
+        (
+            "host-silent",
+            vec![shown(plain()), (0..6).map(|_| [transmit(), due()].concat()).collect::<Vec<_>>().concat()],
+        ),
+        ("host-swapped", vec![shown(plain()), transmit(), atr(), transmit(), result(&[1]), result(&[2])]),
+        ("host-removed", vec![shown(plain()), transmit(), message(6, 0, &[]), transmit(), result(&[])]),
+        ("host-refused-command", vec![shown(plain()), transmit(), message(1, 0, &[0, 0, 0, 1])]),
+        (
+            "host-every-message",
+            vec![
+                shown(extended()),
+                (0..13).map(|kind| message(kind, 0, &[0; 4])).collect::<Vec<_>>().concat(),
+            ],
+        ),
+        (
+            "host-zeros",
+            vec![vec![host], bytes(&[0, 12]), vec![0; 12], bytes(&[0, 11]), vec![0; 11], bytes(&[0, 1, 0])],
+        ),
+        ("host-occupied", vec![vec![0x90 + host], plain(), message(4, 0, b"reader")]),
+        (
+            "host-long-command",
+            vec![
+                shown(plain()),
+                bytes(&[7, 0, 1, 0, 4]),
+                shown(extended())[1..].to_vec(),
+                bytes(&[7, 0, 1, 0, 4]),
+            ],
+        ),
+        (
+            "both",
+            vec![bring_up(), bytes(&[1, 7]), transmit(), bytes(&[7]), bytes(&[2, 1, 0, 0, 0]), bytes(&[7])],
+        ),
+        (
+            "both-plain",
+            vec![vec![0xC2], bring_up()[1..].to_vec(), bytes(&[4, 0, 0]), block(&[1]), bytes(&[7])],
+        ),
+        (
+            "both-tampered",
+            vec![bring_up(), bytes(&[6, 1, 8, 0, 0]), bytes(&[4, 3]), bytes(&[6, 1, 3, 0, 1]), bytes(&[7])],
+        ),
+    ]
+}
