@@ -105,7 +105,7 @@ impl Slot {
         if self.abort.is_some() {
             return self.fail(header, ErrorCode::ABORTED, context);
         }
-        if self.running.is_some() && !begins_anew(header.kind) {
+        if self.running.is_some() {
             return self.fail(header, ErrorCode::SLOT_BUSY, context);
         }
         let [parameter, level_low, level_high] = header.specific;
@@ -183,7 +183,7 @@ impl Slot {
         self.answer(AnswerType::SlotStatus, seq, Status::Done, 0, &[], context);
     }
 
-    /// IccPowerOn (USB CCID 1.1 §6.1.1). A card that is powered is reset, and a command at work has failed.
+    /// IccPowerOn (USB CCID 1.1 §6.1.1). A card that is powered is reset.
     fn power_on(&mut self, seq: u8, select: u8, context: &mut Context<'_>) -> Result<(), ErrorCode> {
         if select > 3 {
             return Err(ErrorCode::SEVENTH);
@@ -191,13 +191,7 @@ impl Slot {
         if self.card == Card::Absent {
             return Err(ErrorCode::ICC_MUTE);
         }
-        let given_up = self.running.as_ref().map(|running| running.seq);
         self.unpower(context.actions);
-        if let Some(given_up) = given_up {
-            context.queue.drop_extensions(self.number);
-            let status = Status::Failed(ErrorCode::ABORTED);
-            self.answer(AnswerType::DataBlock, given_up, status, 0, &[], context);
-        }
         self.begin_power_on(seq, context);
         Ok(())
     }
@@ -527,13 +521,6 @@ impl Slot {
         let message = answer(kind, [self.number, seq], self.icc(), status, last, data);
         context.queue.push(self.number, message);
     }
-}
-
-/// The two messages a busy slot takes, though the standard has CMD_SLOT_BUSY for them, too. A driver that waits
-/// for its answer sends neither; one that was killed meanwhile and started again begins with them, and libccid
-/// gives up for good a reader that refuses the first and a card whose reader refuses the second.
-fn begins_anew(kind: MessageType) -> bool {
-    matches!(kind, MessageType::GET_SLOT_STATUS | MessageType::ICC_POWER_ON)
 }
 
 fn no_data(data: &[u8]) -> Result<(), ErrorCode> {

@@ -47,6 +47,8 @@ pub struct Sessions {
     pub off: u32,
     /// [`ins::SLEEP`] commands that began.
     pub sleeps: u32,
+    /// Those of them that were answered.
+    pub wakes: u32,
 }
 
 /// A place that always has a card.
@@ -83,6 +85,11 @@ impl Echo {
     /// Waits until that many [`ins::SLEEP`] commands began.
     pub async fn sleeping(&self, count: u32) -> Result<Sessions> {
         self.wait_for("a slow command", |sessions| sessions.sleeps >= count).await
+    }
+
+    /// Waits until that many [`ins::SLEEP`] commands were answered.
+    pub async fn awake(&self, count: u32) -> Result<Sessions> {
+        self.wait_for("the end of a slow command", |sessions| sessions.wakes >= count).await
     }
 
     async fn wait_for(&self, what: &str, done: impl FnMut(&Sessions) -> bool) -> Result<Sessions> {
@@ -139,6 +146,7 @@ impl Card for Session {
             self.sessions.send_modify(|sessions| sessions.sleeps += 1);
             tokio::time::sleep_until(until).await;
             self.busy_until = None;
+            self.sessions.send_modify(|sessions| sessions.wakes += 1);
             return Ok(StatusWord::SUCCESS.into());
         }
         Ok(answer(command))
@@ -255,7 +263,7 @@ mod tests {
         assert_eq!((answer.data(), answer.status()), (&pattern(3)[..], StatusWord::SUCCESS));
         assert!(start.elapsed() >= Duration::from_secs(1));
         drop(card);
-        assert_eq!(echo.sessions(), Sessions { on: 1, off: 1, sleeps: 1 });
+        assert_eq!(echo.sessions(), Sessions { on: 1, off: 1, sleeps: 1, wakes: 0 });
     }
 
     #[test]
