@@ -1,13 +1,14 @@
-//! Streams of a carrier: each is read and written by tasks of its own.
+//! Streams of a carrier, read and written within the reader's own task: an answer goes out where it is made, and no
+//! other task has to be woken on its way.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 use vscard_protocol::Secret;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 use zeroize::Zeroizing;
@@ -25,9 +26,9 @@ const DELAYS: (Duration, Duration) = (Duration::from_millis(250), Duration::from
 
 /// What happens to streams.
 pub(super) enum Event {
-    /// There is one; the sender is told, by being dropped, when it is gone.
-    Connected(Stream, oneshot::Sender<()>),
-    Received(u64, Secret),
+    /// So many bytes have come: [`Connections::received`].
+    Received(u64, usize),
+    /// It is gone, and known no more.
     Lost(u64),
 }
 
@@ -46,7 +47,7 @@ pub(super) async fn open_all(
                 last_failure.clear();
                 tracing::info!("{}: connected", channel.endpoint());
                 let (done, gone) = oneshot::channel();
-                if events.send(ReaderEvent::Stream(Event::Connected(stream, done))).await.is_err() {
+                if events.send(ReaderEvent::Connected(stream, done)).await.is_err() {
                     return Ok(());
                 }
                 if !listening {
@@ -71,127 +72,144 @@ pub(super) async fn open_all(
 }
 
 /// The streams of a reader.
-#[derive(Default)]
 pub(super) struct Connections {
     last: u64,
-    open: HashMap<u64, Connection>,
+    open: Vec<Connection>,
+    buffer: Zeroizing<Vec<u8>>,
 }
 
 struct Connection {
-    unsent: mpsc::UnboundedSender<Secret>,
-    unsent_bytes: Arc<AtomicUsize>,
-    reading: JoinHandle<()>,
-    writing: Option<JoinHandle<()>>,
+    id: u64,
+    stream: Stream,
+    /// What the peer has not taken yet, in order; of the first, `written` bytes are written.
+    unsent: VecDeque<Secret>,
+    written: usize,
+    unsent_bytes: usize,
+    /// Nothing can be written any more. Reading tells the rest.
+    broken: bool,
+    /// Whoever opened it waits for its end.
     _done: oneshot::Sender<()>,
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.reading.abort();
-        // What is to be written is written, unless the peer does not take it.
-        if let Some(writing) = self.writing.take() {
-            tokio::spawn(async move {
-                let abort = writing.abort_handle();
-                if tokio::time::timeout(LAST_WORDS, writing).await.is_err() {
-                    abort.abort();
+impl Connection {
+    /// Writes until there is nothing to write, or no use in writing.
+    fn poll_unsent(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        while let Some(bytes) = self.unsent.front() {
+            let rest = bytes.expose().get(self.written..).unwrap_or_default();
+            match Pin::new(&mut self.stream).poll_write(context, rest) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(count @ 1..)) => {
+                    self.written += count;
+                    self.unsent_bytes -= count;
+                    if count == rest.len() {
+                        self.unsent.pop_front();
+                        self.written = 0;
+                    }
                 }
-            });
+                Poll::Ready(_) => {
+                    self.unsent.clear();
+                    (self.unsent_bytes, self.broken) = (0, true);
+                }
+            }
         }
+        Poll::Ready(())
+    }
+
+    /// Writes what is to be written, unless the peer does not take it, and closes.
+    async fn finish(mut self) {
+        let last_words = async {
+            poll_fn(|context| self.poll_unsent(context)).await;
+            let _ = self.stream.shutdown().await;
+        };
+        let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
     }
 }
 
 impl Connections {
-    pub(super) fn add(
-        &mut self,
-        stream: Stream,
-        done: oneshot::Sender<()>,
-        events: &mpsc::Sender<ReaderEvent>,
-    ) -> u64 {
-        self.last += 1;
-        let id = self.last;
-        let (reader, writer) = tokio::io::split(stream);
-        let (unsent, queue) = mpsc::unbounded_channel();
-        let unsent_bytes = Arc::new(AtomicUsize::new(0));
-        let reading = tokio::spawn(read(id, reader, events.clone()));
-        let writing = tokio::spawn(write(writer, queue, unsent_bytes.clone()));
-        let connection = Connection { unsent, unsent_bytes, reading, writing: Some(writing), _done: done };
-        self.open.insert(id, connection);
-        id
+    pub(super) fn new() -> Self {
+        Self { last: 0, open: Vec::new(), buffer: Zeroizing::new(vec![0; READ]) }
     }
 
-    pub(super) fn has(&self, id: u64) -> bool {
-        self.open.contains_key(&id)
+    pub(super) fn add(&mut self, stream: Stream, done: oneshot::Sender<()>) -> u64 {
+        self.last += 1;
+        self.open.push(Connection {
+            id: self.last,
+            stream,
+            unsent: VecDeque::new(),
+            written: 0,
+            unsent_bytes: 0,
+            broken: false,
+            _done: done,
+        });
+        self.last
     }
 
     pub(super) fn any(&self) -> bool {
         !self.open.is_empty()
     }
 
+    /// The next event, and meanwhile what is unsent is written. Safe to cancel.
+    pub(super) async fn event(&mut self) -> Event {
+        poll_fn(|context| {
+            for (index, connection) in self.open.iter_mut().enumerate() {
+                let _ = connection.poll_unsent(context);
+                let mut buffer = ReadBuf::new(&mut self.buffer);
+                let Poll::Ready(read) = Pin::new(&mut connection.stream).poll_read(context, &mut buffer)
+                else {
+                    continue;
+                };
+                let (id, count) = (connection.id, buffer.filled().len());
+                if read.is_err() || count == 0 {
+                    self.close(id);
+                    return Poll::Ready(Event::Lost(id));
+                }
+                // The others first the next time.
+                self.open.rotate_left(index + 1);
+                return Poll::Ready(Event::Received(id, count));
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// The bytes of the last [`Event::Received`].
+    pub(super) fn received(&self, count: usize) -> &[u8] {
+        self.buffer.get(..count).unwrap_or_default()
+    }
+
     pub(super) fn send(&mut self, id: u64, bytes: Secret) {
-        if let Some(connection) = self.open.get(&id) {
-            connection.unsent_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
-            let _ = connection.unsent.send(bytes);
+        let found = self.open.iter_mut().find(|connection| connection.id == id);
+        let Some(connection) = found.filter(|connection| !connection.broken) else { return };
+        if bytes.is_empty() {
+            return;
+        }
+        connection.unsent_bytes += bytes.len();
+        connection.unsent.push_back(bytes);
+        // Before anything else is done, if the peer takes it now. If not, waiting for it goes on in `event`.
+        if connection.unsent.len() == 1 {
+            let _ = connection.poll_unsent(&mut Context::from_waker(Waker::noop()));
         }
     }
 
-    /// The connections whose peers leave too much unread.
-    pub(super) fn overrun(&self) -> impl Iterator<Item = u64> + use<> {
-        let too_much =
-            |connection: &Connection| connection.unsent_bytes.load(Ordering::Relaxed) > MOST_UNSENT;
-        let overrun: Vec<u64> =
-            self.open.iter().filter(|(_, connection)| too_much(connection)).map(|(id, _)| *id).collect();
-        overrun.into_iter()
+    /// A connection whose peer leaves too much unread.
+    pub(super) fn overrun(&self) -> Option<u64> {
+        let overrun = self.open.iter().find(|connection| connection.unsent_bytes > MOST_UNSENT);
+        overrun.map(|connection| connection.id)
     }
 
     /// Closes after what is to be written.
     pub(super) fn close(&mut self, id: u64) {
-        self.open.remove(&id);
-    }
-
-    /// Whether it was known.
-    pub(super) fn remove(&mut self, id: u64) -> bool {
-        self.open.remove(&id).is_some()
+        let index = self.open.iter().position(|connection| connection.id == id);
+        let closed = index.map(|index| self.open.remove(index));
+        if let Some(connection) = closed.filter(|connection| !connection.unsent.is_empty()) {
+            tokio::spawn(connection.finish());
+        }
     }
 
     /// Closes all, and waits until what was to be written is, or cannot be.
     pub(super) async fn flush(&mut self) {
-        for (_, mut connection) in self.open.drain() {
-            let writing = connection.writing.take();
-            drop(connection);
-            if let Some(writing) = writing {
-                let abort = writing.abort_handle();
-                if tokio::time::timeout(LAST_WORDS, writing).await.is_err() {
-                    abort.abort();
-                }
-            }
+        for connection in self.open.drain(..) {
+            connection.finish().await;
         }
     }
-}
-
-async fn read(id: u64, mut stream: ReadHalf<Stream>, events: mpsc::Sender<ReaderEvent>) {
-    let mut buffer = Zeroizing::new(vec![0; READ]);
-    loop {
-        let event = match stream.read(&mut buffer).await {
-            Ok(0) | Err(_) => Event::Lost(id),
-            Ok(count) => Event::Received(id, Secret::from(&buffer[..count])),
-        };
-        let lost = matches!(event, Event::Lost(_));
-        if events.send(ReaderEvent::Stream(event)).await.is_err() || lost {
-            return;
-        }
-    }
-}
-
-async fn write(
-    mut stream: WriteHalf<Stream>,
-    mut queue: mpsc::UnboundedReceiver<Secret>,
-    unsent: Arc<AtomicUsize>,
-) {
-    while let Some(bytes) = queue.recv().await {
-        if stream.write_all(bytes.expose()).await.is_err() {
-            return;
-        }
-        unsent.fetch_sub(bytes.len(), Ordering::Relaxed);
-    }
-    let _ = stream.shutdown().await;
 }

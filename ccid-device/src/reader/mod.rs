@@ -7,23 +7,28 @@ mod connection;
 mod slot;
 mod usbip;
 
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Sleep;
 use vscard_protocol::CardSource;
-use vscard_protocol::chardev::{Channel, ChannelError};
+use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 
 use crate::usbip::urbs::{self, Urbs};
 use crate::usbredir::{self, ConnectionId, Session};
 use crate::{Action, ConfigError, Device, DeviceConfig, SlotId};
 
-use connection::{Connections, Event as Stream};
+use connection::{Connections, Event as Happened};
 use slot::{Job, SlotEvent, SlotTask};
 pub use usbip::Exports;
 
 /// Events of one reader that may wait; whoever has more waits, too.
 const MOST_EVENTS: usize = 256;
+
+/// How long a guest whose connection is gone is waited for: it may be migrating, or its VMM may be dead.
+const LOST: Duration = Duration::from_secs(30);
 
 /// Where a reader appears.
 pub enum Carrier {
@@ -104,8 +109,16 @@ impl Handle {
 
 enum Event {
     Slot(SlotId, SlotEvent),
-    Stream(Stream),
+    /// There is a stream; the sender is told, by being dropped, when it is gone.
+    Connected(Stream, oneshot::Sender<()>),
     Request(Request),
+}
+
+/// What ends a reader's wait.
+enum Next {
+    Event(Event),
+    Happened(Happened),
+    Due,
 }
 
 /// A device with its cards and its carrier.
@@ -174,12 +187,18 @@ impl Reader {
             }
         });
         let mut session = Session::new();
-        let mut connections = Connections::default();
+        let mut connections = Connections::new();
+        let mut alarm = Alarm::new();
         let mut leaving: Option<oneshot::Sender<()>> = None;
         let mut leave_by = None;
+        let mut lost_by = None;
         loop {
             self.carry_usbredir(&mut session, &mut connections);
             self.tell_attached(session.is_attached());
+            lost_by = match session.is_attached() && !connections.any() {
+                true => lost_by.or_else(|| Some(Instant::now() + LOST)),
+                false => None,
+            };
             if leaving.is_some() && (!session.is_attached() || !connections.any()) {
                 // The guest's side has the disconnect, or nobody is there to have it.
                 connections.flush().await;
@@ -187,50 +206,53 @@ impl Reader {
                 tell(leaving.take());
                 return Ok(());
             }
-            let due = [self.device.next_deadline(), session.next_deadline(), leave_by];
-            let event = tokio::select! {
-                event = self.events.1.recv() => event,
+            let due = [self.device.next_deadline(), session.next_deadline(), leave_by, lost_by];
+            let next = tokio::select! {
+                happened = connections.event() => Next::Happened(happened),
+                Some(event) = self.events.1.recv() => Next::Event(event),
                 Ok(error) = &mut failure => return Err(error),
-                () = sleep_until(due.into_iter().flatten().min()) => None,
+                () = alarm.at(due.into_iter().flatten().min()) => Next::Due,
             };
             let now = Instant::now();
-            let Some(event) = event else {
-                self.device.handle_deadline(now);
-                session.handle_deadline(now);
-                if leave_by.is_some_and(|at| at <= now) {
-                    opener.abort();
-                    tell(leaving.take());
-                    return Ok(());
-                }
-                continue;
-            };
-            match event {
-                Event::Slot(slot, event) => self.slot_event(slot, event, now),
-                Event::Stream(Stream::Connected(stream, done)) => {
-                    let id = connections.add(stream, done, &self.events.0);
-                    session.handle(usbredir::Input::Connected(ConnectionId(id)), &mut self.device, now);
-                }
-                Event::Stream(Stream::Received(id, bytes)) if connections.has(id) => {
-                    let input = usbredir::Input::Received(ConnectionId(id), bytes.expose());
+            match next {
+                Next::Happened(Happened::Received(id, count)) => {
+                    let input = usbredir::Input::Received(ConnectionId(id), connections.received(count));
                     session.handle(input, &mut self.device, now);
                 }
-                Event::Stream(Stream::Lost(id)) if connections.remove(id) => {
+                Next::Happened(Happened::Lost(id)) => {
                     session.handle(usbredir::Input::Lost(ConnectionId(id)), &mut self.device, now);
                 }
-                Event::Stream(_) => {}
-                Event::Request(Request::Unplug(reply)) => {
+                Next::Event(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
+                Next::Event(Event::Connected(stream, done)) => {
+                    let id = connections.add(stream, done);
+                    session.handle(usbredir::Input::Connected(ConnectionId(id)), &mut self.device, now);
+                }
+                Next::Event(Event::Request(Request::Unplug(reply))) => {
                     session.unplug(&mut self.device, now);
                     leaving = Some(reply);
                     leave_by = Some(now + connection::LAST_WORDS);
                 }
-                Event::Request(request) => self.request(request),
+                Next::Event(Event::Request(request)) => self.request(request),
+                Next::Due => {
+                    self.device.handle_deadline(now);
+                    session.handle_deadline(now);
+                    if lost_by.is_some_and(|at| at <= now) {
+                        tracing::info!("the guest has not come back; its card sessions end");
+                        session.unplug(&mut self.device, now);
+                        session.plug();
+                    }
+                    if leave_by.is_some_and(|at| at <= now) {
+                        opener.abort();
+                        tell(leaving.take());
+                        return Ok(());
+                    }
+                }
             }
         }
     }
 
     fn carry_usbredir(&mut self, session: &mut Session, connections: &mut Connections) {
         loop {
-            self.act();
             session.handle(usbredir::Input::DeviceReady, &mut self.device, Instant::now());
             let mut moved = false;
             while let Some(output) = session.poll_output() {
@@ -249,61 +271,65 @@ impl Reader {
                     usbredir::Output::Notice(notice) => tracing::info!("{notice}"),
                 }
             }
-            for id in connections.overrun() {
+            while let Some(id) = connections.overrun() {
                 tracing::warn!("connection closed: the VMM does not read");
                 connections.close(id);
                 let lost = usbredir::Input::Lost(ConnectionId(id));
                 session.handle(lost, &mut self.device, Instant::now());
             }
             if !moved {
-                return;
+                break;
             }
         }
+        // The guest has its acknowledgement on the way before a card's thread is woken.
+        self.act();
     }
 
     async fn run_usbip(&mut self, mut exports: Exports) {
-        let mut connections = Connections::default();
+        let mut connections = Connections::new();
+        let mut alarm = Alarm::new();
         let mut client: Option<(u64, Urbs)> = None;
         loop {
             self.carry_usbip(&mut client, &mut connections, &exports);
             self.tell_attached(client.is_some());
-            let event = tokio::select! {
-                event = self.events.1.recv() => event,
+            let next = tokio::select! {
+                happened = connections.event() => Next::Happened(happened),
+                Some(event) = self.events.1.recv() => Next::Event(event),
                 Some((stream, rest)) = exports.imported() => {
                     let (done, _) = oneshot::channel();
-                    let id = connections.add(stream, done, &self.events.0);
+                    let id = connections.add(stream, done);
                     tracing::info!("imported by a USB/IP client");
                     let mut session = exports.urbs();
                     session.handle(urbs::Input::Received(rest.expose()), &mut self.device, Instant::now());
                     client = Some((id, session));
                     continue;
                 }
-                () = sleep_until(self.device.next_deadline()) => None,
+                () = alarm.at(self.device.next_deadline()) => Next::Due,
             };
             let now = Instant::now();
-            match event {
-                None => self.device.handle_deadline(now),
-                Some(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
-                Some(Event::Stream(Stream::Received(id, bytes))) => {
+            match next {
+                Next::Happened(Happened::Received(id, count)) => {
                     if let Some((_, urbs)) = client.as_mut().filter(|(of, _)| *of == id) {
-                        urbs.handle(urbs::Input::Received(bytes.expose()), &mut self.device, now);
+                        let input = urbs::Input::Received(connections.received(count));
+                        urbs.handle(input, &mut self.device, now);
                     }
                 }
-                Some(Event::Stream(Stream::Lost(id))) => {
-                    connections.remove(id);
+                Next::Happened(Happened::Lost(id)) => {
                     if let Some((_, mut urbs)) = client.take_if(|(of, _)| *of == id) {
                         tracing::info!("USB/IP client gone");
                         urbs.handle(urbs::Input::Gone, &mut self.device, now);
                         exports.set_free();
                     }
                 }
-                Some(Event::Stream(Stream::Connected(..))) => {}
-                Some(Event::Request(Request::Unplug(reply))) => {
+                Next::Event(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
+                Next::Event(Event::Connected(..)) => {}
+                Next::Event(Event::Request(Request::Unplug(reply))) => {
                     connections.flush().await;
                     let _ = reply.send(());
                     return;
                 }
-                Some(Event::Request(request)) => self.request(request),
+                Next::Event(Event::Request(request)) => self.request(request),
+                Next::Due => self.device.handle_deadline(now),
             }
         }
     }
@@ -314,9 +340,7 @@ impl Reader {
         connections: &mut Connections,
         exports: &Exports,
     ) {
-        loop {
-            self.act();
-            let Some((id, urbs)) = client else { return };
+        while let Some((id, urbs)) = client {
             let id = *id;
             urbs.handle(urbs::Input::DeviceReady, &mut self.device, Instant::now());
             let (mut moved, mut closed) = (false, false);
@@ -331,7 +355,7 @@ impl Reader {
                     }
                 }
             }
-            if !closed && connections.overrun().next().is_some() {
+            if !closed && connections.overrun().is_some() {
                 tracing::warn!("connection closed: the USB/IP client does not read");
                 urbs.handle(urbs::Input::Gone, &mut self.device, Instant::now());
                 closed = true;
@@ -342,9 +366,11 @@ impl Reader {
                 exports.set_free();
             }
             if !moved {
-                return;
+                break;
             }
         }
+        // As for usbredir: first the acknowledgement.
+        self.act();
     }
 
     /// Hands the device's wishes to the slots' tasks.
@@ -417,5 +443,32 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
+    }
+}
+
+/// A timer for deadlines that move with every command and hardly ever come: it is left as it is as long as it does
+/// not go off too late, because to set it takes a system call and a turn of the event loop.
+struct Alarm {
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Alarm {
+    fn new() -> Self {
+        Self { sleep: None }
+    }
+
+    /// Waits until then. Safe to cancel.
+    async fn at(&mut self, due: Option<Instant>) {
+        let Some(due) = due.map(tokio::time::Instant::from) else { return std::future::pending().await };
+        loop {
+            let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+            if due < sleep.deadline() || sleep.is_elapsed() {
+                sleep.as_mut().reset(due);
+            }
+            sleep.as_mut().await;
+            if due <= tokio::time::Instant::now() {
+                return;
+            }
+        }
     }
 }

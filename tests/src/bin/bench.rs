@@ -34,7 +34,7 @@ and another with three of QEMU's readers:
   naive      the same TCP, and a client that sets TCP_NODELAY and nothing else
 and then signing with OpenSC over unix and tcp. Exits with 0 whatever the figures are.
 
-  --rounds N    how often each road has its turn (6); those of ccid-device have three times as many
+  --rounds N    how often each road has its turn (6); those of ccid-device have twice as many
   --help        this
 ";
 
@@ -46,7 +46,7 @@ const TCP_BOUND: f64 = 1.3;
 const FLOOR_BOUND: f64 = 1.15;
 
 /// Of our reader's roads, for each of the others': they are compared more closely, and are quick.
-const READER_ROUNDS: u32 = 3;
+const READER_ROUNDS: u32 = 2;
 
 /// For certutil, which takes a second or two.
 const KEYS_LIMIT: Duration = Duration::from_secs(60);
@@ -59,7 +59,7 @@ struct Turn {
 
 const FAST: Turn = Turn { count: 200, warmup: 20 };
 /// At half a millisecond each.
-const SHORT: Turn = Turn { count: 400, warmup: 40 };
+const SHORT: Turn = Turn { count: 300, warmup: 30 };
 /// At 44 ms each. A new connection is acknowledged at once for a while; that has to be over.
 const SLOW: Turn = Turn { count: 25, warmup: 10 };
 

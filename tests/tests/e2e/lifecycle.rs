@@ -40,6 +40,16 @@ async fn stay_verified(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+async fn a_reboot_forgets_the_pin(guest: &Guest) -> Result<()> {
+    stay_verified(guest).await?;
+    guest.reset().await?;
+    guest.start_pcscd().await?;
+    works(guest).await?;
+    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
+    ensure!(said.contains("63C3"), "after a reboot: {said}");
+    Ok(())
+}
+
 /// The daemon's control socket.
 struct Control {
     answers: Lines<BufReader<OwnedReadHalf>>,
@@ -202,14 +212,7 @@ async fn device_del_and_add_and_reset() -> Result<()> {
     guest.qmp("device_add", json!({"driver": "usb-redir", "chardev": "reader", "id": "redir"})).await?;
     works(guest).await?;
 
-    // A PIN that was verified before a reboot is not verified after it.
-    stay_verified(guest).await?;
-    guest.reset().await?;
-    guest.start_pcscd().await?;
-    works(guest).await?;
-    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
-    ensure!(said.contains("63C3"), "after a reboot: {said}");
-    Ok(())
+    a_reboot_forgets_the_pin(guest).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -226,13 +229,7 @@ async fn a_reboot_reaches_a_remote_card() -> Result<()> {
         &[("XDG_STATE_HOME", OsStr::new(stack.state.path()))],
     )?;
     works(guest).await?;
-    stay_verified(guest).await?;
-    guest.reset().await?;
-    guest.start_pcscd().await?;
-    works(guest).await?;
-    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
-    ensure!(said.contains("63C3"), "after a reboot: {said}");
-    Ok(())
+    a_reboot_forgets_the_pin(guest).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,9 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -24,6 +26,7 @@ enum Socket {
 impl Stream {
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
+        keep_alive(&stream)?;
         quick_ack(&stream);
         Ok(Self(Socket::Tcp(stream)))
     }
@@ -33,10 +36,22 @@ impl Stream {
     }
 }
 
+/// A peer whose machine is gone is noticed within half a minute: it must not hold a card or a reader for ever.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    #[cfg(target_os = "linux")]
+    {
+        sockopt::set_tcp_keepidle(stream, Duration::from_secs(10))?;
+        sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+        sockopt::set_tcp_keepcnt(stream, 4)?;
+    }
+    Ok(())
+}
+
 #[cfg(target_os = "linux")]
 fn quick_ack(stream: &TcpStream) {
     // Only speed is lost where it cannot be set.
-    let _ = rustix::net::sockopt::set_tcp_quickack(stream, true);
+    let _ = sockopt::set_tcp_quickack(stream, true);
 }
 
 #[cfg(not(target_os = "linux"))]

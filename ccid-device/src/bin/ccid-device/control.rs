@@ -43,12 +43,7 @@ pub(crate) async fn serve(mut channel: Channel, control: Arc<Control>) {
                     drop(place);
                 });
             }
-            Err(error) => {
-                tracing::error!("{error}");
-                if !error.is_transient() {
-                    return;
-                }
-            }
+            Err(error) => return tracing::error!("no further commands: {error}"),
         }
     }
 }

@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use ccid_device::reader::{Carrier, Exports, Reader};
-use ccid_device::{Device, Layout};
+use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
 use emulated_card::certificates::OpenCard;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::task::JoinSet;
+use tracing::Instrument;
 use tracing_subscriber::filter::LevelFilter;
 use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
@@ -159,10 +160,23 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
         let free = (0..=u8::MAX).find(|slot| !placed[reader].contains_key(slot)).unwrap_or(u8::MAX);
         placed[reader].insert(free, kind);
     }
+    for number in 1..cli.readers.len() {
+        let (earlier, later) = cli.readers.split_at_mut(number);
+        let config = &mut later[0].config;
+        // USB/IP readers of one server have the same endpoint.
+        if earlier.iter().any(|other| other.config.serial == config.serial) {
+            config.serial = format!("{}-{number}", config.serial);
+        }
+    }
     let mut all = Vec::new();
     for (number, (reader, mut cards)) in cli.readers.iter_mut().zip(placed).enumerate() {
         let needed = cards.keys().last().map_or(1, |last| last.saturating_add(1));
         if !reader.layout_given {
+            let layout = Layout::Slots(needed);
+            let checked = DeviceConfig { layout, ..reader.config.clone() }.check();
+            if let Err(error @ ConfigError::Slots(_)) = checked {
+                return Err(usage(format!("--card: slot {} of reader {number}: {error}", needed - 1)));
+            }
             reader.config.layout = Layout::Slots(needed);
         }
         reader.config.check().map_err(|error| usage(format!("--reader: reader {number}: {error}")))?;
@@ -179,7 +193,14 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
 }
 
 async fn run(mut cli: Cli) -> Result<(), Failure> {
+    let mut signals = Signals::watch()?;
     let placed = place(&mut cli)?;
+    if let Some(endpoint) =
+        cli.control.as_ref().filter(|endpoint| !matches!(endpoint, Endpoint::UnixListen { .. }))
+    {
+        // Whoever reaches it can end us, and only a UNIX socket tells who that is.
+        return Err(Failure::new(USAGE, format!("--control: {endpoint} is no unix-listen:PATH")));
+    }
     let plaintext = if cli.allow_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly };
     let unusable = |error| Failure::new(UNUSABLE, error);
     let mut tasks: JoinSet<Result<(), Failure>> = JoinSet::new();
@@ -205,7 +226,8 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
                 Some(CardKind::Passthru { deadline, endpoint }) => {
                     let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
                     let (card, serve) = PassthruCard::new(channel, deadline);
-                    tasks.spawn(async move { serve.await.map_err(unusable) });
+                    let span = tracing::info_span!("card", reader = number, slot);
+                    tasks.spawn(async move { serve.await.map_err(unusable) }.instrument(span));
                     Some(Arc::new(card))
                 }
             };
@@ -237,7 +259,8 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
             handle: running.handle(),
             cards,
         });
-        tasks.spawn(async move { running.run(carrier).await.map_err(unusable) });
+        let span = tracing::info_span!("reader", number);
+        tasks.spawn(async move { running.run(carrier).await.map_err(unusable) }.instrument(span));
     }
 
     let control = Arc::new(Control { readers, events, quit: Notify::new() });
@@ -249,7 +272,7 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         tracing::debug!("readiness not told: {error}");
     }
     tracing::info!("ready");
-    until_end(&mut tasks, &control).await?;
+    signals.until_end(&mut tasks, &control).await?;
     let unplugs: Vec<_> = control
         .readers
         .iter()
@@ -303,22 +326,41 @@ async fn carriers(
     Ok(carriers.into_iter().flatten().collect())
 }
 
-/// Until a signal or a command ends it, or something cannot go on.
-async fn until_end(tasks: &mut JoinSet<Result<(), Failure>>, control: &Control) -> Result<(), Failure> {
-    let watch = |kind| signal(kind).map_err(|error| Failure::new(UNUSABLE, format!("signals: {error}")));
-    let (mut terminate, mut interrupt, mut hangup) =
-        (watch(SignalKind::terminate())?, watch(SignalKind::interrupt())?, watch(SignalKind::hangup())?);
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-            // Nothing is to be read again, and no guest is to lose its card.
-            _ = hangup.recv() => tracing::info!("SIGHUP: nothing to do"),
-            () = control.quit.notified() => return Ok(()),
-            Some(ended) = tasks.join_next() => match ended {
-                Ok(result) => result?,
-                Err(error) => return Err(Failure::new(UNUSABLE, error)),
-            },
+/// The signals that mean something, from the very start.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn watch() -> Result<Self, Failure> {
+        let watch = |kind| signal(kind).map_err(|error| Failure::new(UNUSABLE, format!("signals: {error}")));
+        Ok(Self {
+            terminate: watch(SignalKind::terminate())?,
+            interrupt: watch(SignalKind::interrupt())?,
+            hangup: watch(SignalKind::hangup())?,
+        })
+    }
+
+    /// Until a signal or a command ends it, or something cannot go on.
+    async fn until_end(
+        &mut self,
+        tasks: &mut JoinSet<Result<(), Failure>>,
+        control: &Control,
+    ) -> Result<(), Failure> {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return Ok(()),
+                _ = self.interrupt.recv() => return Ok(()),
+                // Nothing is to be read again, and no guest is to lose its card.
+                _ = self.hangup.recv() => tracing::info!("SIGHUP: nothing to do"),
+                () = control.quit.notified() => return Ok(()),
+                Some(ended) = tasks.join_next() => match ended {
+                    Ok(result) => result?,
+                    Err(error) => return Err(Failure::new(UNUSABLE, error)),
+                },
+            }
         }
     }
 }
