@@ -100,7 +100,7 @@ fn fuzz(steps: &mut Steps) -> Result<(), Failure> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let version = Command::new(cargo).args(["fuzz", "--version"]).stderr(Stdio::null()).status();
     if !version.is_ok_and(|status| status.success()) {
-        eprintln!("xtask: cargo-fuzz is NOT INSTALLED; installing it from crates.io, for this user");
+        eprintln!("xtask: cargo-fuzz is NOT INSTALLED; `cargo install` gets it for this user");
         steps.cargo("cargo-fuzz", ["install", "--locked", "cargo-fuzz"], &[])?;
     }
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("fuzz");
