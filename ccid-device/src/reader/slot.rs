@@ -99,7 +99,8 @@ impl SlotTask {
                             None => Err(CardError::Removed),
                         }
                     };
-                    match race(power, &mut jobs, &mut self.watch).await {
+                    let sight = Sight { watch: &mut self.watch, insertion, ejected: &mut self.ejected };
+                    match race(power, &mut jobs, sight).await {
                         Next::Done(card) => {
                             let outcome = match card {
                                 Ok(card) => {
@@ -122,7 +123,9 @@ impl SlotTask {
                         self.tell(SlotEvent::Completed(token, outcome)).await;
                         continue;
                     };
-                    match race(card.transmit(&command), &mut jobs, &mut self.watch).await {
+                    let insertion = self.insertion;
+                    let sight = Sight { watch: &mut self.watch, insertion, ejected: &mut self.ejected };
+                    match race(card.transmit(&command), &mut jobs, sight).await {
                         Next::Done(response) => {
                             let outcome = match response {
                                 Ok(response) => Outcome::Response(response),
@@ -173,19 +176,42 @@ enum Interrupted {
     Changed,
 }
 
+/// What makes a slot's card another one, or none.
+struct Sight<'a> {
+    watch: &'a mut PresenceWatch,
+    insertion: Option<u64>,
+    ejected: &'a mut bool,
+}
+
+impl Sight<'_> {
+    fn has_changed(&mut self) -> bool {
+        let now = if *self.ejected { None } else { self.watch.get().insertion() };
+        now != self.insertion
+    }
+}
+
 /// Waits for the card, but not longer than until something else is wanted of it or it is pulled out. What it
 /// answers afterwards reaches nobody.
 async fn race<T>(
     card: impl Future<Output = T>,
     jobs: &mut mpsc::UnboundedReceiver<Job>,
-    watch: &mut PresenceWatch,
+    mut sight: Sight<'_>,
 ) -> Next<T> {
-    let card = pin!(card);
-    tokio::select! {
-        biased;
-        job = jobs.recv() => Next::Job(job),
-        () = watch.changed() => Next::Changed,
-        done = card => Next::Done(done),
+    let mut card = pin!(card);
+    loop {
+        tokio::select! {
+            biased;
+            job = jobs.recv() => match job {
+                Some(Job::Eject(ejected)) => *sight.ejected = ejected,
+                job => return Next::Job(job),
+            },
+            () = sight.watch.changed() => {}
+            done = &mut card => return Next::Done(done),
+        }
+        // A look that shows the same card as before is no reason to give up its answer.
+        if sight.has_changed() {
+            return Next::Changed;
+        }
     }
 }
 
@@ -197,4 +223,120 @@ fn failed(error: &CardError) -> Outcome {
         CardError::Busy => CardFailure::Busy,
         _ => CardFailure::Hardware,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use tokio::sync::{Notify, watch};
+    use vscard_protocol::{Atr, Limits, Presence, Response, StatusWord};
+
+    use super::*;
+
+    /// A card that answers when it is told to.
+    struct Slow(Arc<Notify>, Atr);
+
+    #[async_trait]
+    impl Card for Slow {
+        fn atr(&self) -> &Atr {
+            &self.1
+        }
+
+        async fn transmit(&mut self, _command: &Command) -> Result<Response, CardError> {
+            self.0.notified().await;
+            Ok(StatusWord::SUCCESS.into())
+        }
+    }
+
+    struct Source(watch::Sender<Presence>, Arc<Notify>);
+
+    fn present(insertion: u64) -> Presence {
+        let atr = Atr::t1(b"slow").expect("an ATR");
+        Presence::Present { insertion, atr, limits: Limits::EXTENDED }
+    }
+
+    #[async_trait]
+    impl CardSource for Source {
+        fn presence(&self) -> PresenceWatch {
+            self.0.subscribe().into()
+        }
+
+        async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
+            Ok(Box::new(Slow(self.1.clone(), Atr::t1(b"slow").expect("an ATR"))))
+        }
+    }
+
+    struct Bench {
+        source: Arc<Source>,
+        answer: Arc<Notify>,
+        jobs: mpsc::UnboundedSender<Job>,
+        events: mpsc::Receiver<Event>,
+    }
+
+    impl Bench {
+        async fn transmitting() -> Self {
+            let answer = Arc::new(Notify::new());
+            let source = Arc::new(Source(watch::channel(present(1)).0, answer.clone()));
+            let (told, events) = mpsc::channel(8);
+            let (jobs, queue) = mpsc::unbounded_channel();
+            tokio::spawn(SlotTask::new(SlotId(0), source.clone(), told).run(queue));
+            let mut bench = Self { source, answer, jobs, events };
+            assert_eq!(bench.next().await, "inserted");
+            bench.send(Job::PowerOn(Token(1)));
+            assert_eq!(bench.next().await, "completed 1 powered");
+            bench.send(Job::Transmit(Token(2), Command::parse(&[0, 0xA4, 4, 0]).expect("a command")));
+            bench
+        }
+
+        fn send(&self, job: Job) {
+            assert!(self.jobs.send(job).is_ok());
+        }
+
+        async fn next(&mut self) -> String {
+            let Some(Event::Slot(_, event)) = self.events.recv().await else { panic!("no event") };
+            match event {
+                SlotEvent::Inserted => "inserted".into(),
+                SlotEvent::Removed => "removed".into(),
+                SlotEvent::Completed(Token(token), outcome) => format!(
+                    "completed {token} {}",
+                    match outcome {
+                        Outcome::Powered(_) => "powered",
+                        Outcome::Response(_) => "answered",
+                        Outcome::Failed(_) => "failed",
+                    }
+                ),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_look_that_shows_nothing_new_costs_no_answer() {
+        let mut bench = Bench::transmitting().await;
+        bench.send(Job::Eject(false));
+        bench.source.0.send_replace(present(1));
+        tokio::task::yield_now().await;
+        bench.answer.notify_one();
+        assert_eq!(bench.next().await, "completed 2 answered");
+    }
+
+    #[tokio::test]
+    async fn a_card_pulled_out_while_it_works_is_gone_at_once() {
+        let mut bench = Bench::transmitting().await;
+        bench.send(Job::Eject(true));
+        assert_eq!(bench.next().await, "removed");
+        bench.answer.notify_one();
+        bench.send(Job::Transmit(Token(3), Command::parse(&[0, 0xA4, 4, 0]).expect("a command")));
+        assert_eq!(bench.next().await, "completed 3 failed");
+    }
+
+    #[tokio::test]
+    async fn another_card_is_shown_after_a_second_without_one() {
+        tokio::time::pause();
+        let mut bench = Bench::transmitting().await;
+        bench.source.0.send_replace(present(2));
+        assert_eq!(bench.next().await, "removed");
+        let removed = tokio::time::Instant::now();
+        assert_eq!(bench.next().await, "inserted");
+        assert!(removed.elapsed() >= Duration::from_millis(900));
+    }
 }
