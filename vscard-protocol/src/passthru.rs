@@ -82,7 +82,7 @@ impl CardSource for PassthruCard {
         let (reply, answer) = oneshot::channel();
         let _ = self.asks.send(Ask::PowerOn { insertion, reply });
         let atr = answer.await.unwrap_or(Err(CardError::Removed))?;
-        Ok(Box::new(RemoteCard { insertion, atr, session }))
+        Ok(Box::new(RemoteCard { insertion, atr, session, earlier: None }))
     }
 }
 
@@ -90,6 +90,8 @@ struct RemoteCard {
     insertion: u64,
     atr: Atr,
     session: Session,
+    /// The outcome of the last command; nobody waited for it if it is still here.
+    earlier: Option<oneshot::Receiver<Result<Response, CardError>>>,
 }
 
 /// The one session that may be; dropping it is power-off.
@@ -113,13 +115,19 @@ impl Card for RemoteCard {
     }
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+        // One command at a time, given up or not: no queue of them can grow.
+        if let Some(earlier) = &mut self.earlier {
+            let _ = earlier.await;
+        }
         let (reply, answer) = oneshot::channel();
         let _ = self.session.asks.send(Ask::Transmit {
             insertion: self.insertion,
             command: command.clone(),
             reply,
         });
-        answer.await.unwrap_or(Err(CardError::Removed))
+        let outcome = self.earlier.insert(answer).await;
+        self.earlier = None;
+        outcome.unwrap_or(Err(CardError::Removed))
     }
 }
 

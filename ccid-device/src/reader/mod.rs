@@ -195,7 +195,7 @@ impl Reader {
         loop {
             self.carry_usbredir(&mut session, &mut connections);
             self.tell_attached(session.is_attached());
-            lost_by = match session.is_attached() && !connections.any() {
+            lost_by = match session.is_attached() && !session.is_connected() {
                 true => lost_by.or_else(|| Some(Instant::now() + LOST)),
                 false => None,
             };

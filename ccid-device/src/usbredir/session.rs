@@ -369,6 +369,11 @@ impl Session {
         self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::Attached)
     }
 
+    /// Whether the session's own connection is open; one that has not said anything yet is not it.
+    pub fn is_connected(&self) -> bool {
+        self.active.is_some()
+    }
+
     /// Takes the device out of the guest, and resets it. The connection stays, for [`plug`](Self::plug).
     pub fn unplug(&mut self, device: &mut Device, now: Instant) {
         self.plugged = false;

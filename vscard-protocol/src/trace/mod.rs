@@ -61,6 +61,8 @@ impl Card for TracedCard {
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
         let start = Instant::now();
+        // Noted before: if nobody waits for the answer, GET RESPONSE may still fetch it.
+        self.redactor.command(command.as_bytes());
         let result = self.card.transmit(command).await;
         let took = start.elapsed();
         let outcome = result.as_ref().map(Response::as_bytes);
