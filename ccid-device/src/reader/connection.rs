@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 use super::Event as ReaderEvent;
 
 /// For what is still to be written when a connection ends.
-pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Bytes that may wait for a peer that does not read.
 const MOST_UNSENT: usize = 8 << 20;
 /// Bytes received, for one event.
@@ -142,10 +142,6 @@ impl Connections {
             _done: done,
         });
         self.last
-    }
-
-    pub(super) fn any(&self) -> bool {
-        !self.open.is_empty()
     }
 
     /// The next event, and meanwhile what is unsent is written. Safe to cancel.

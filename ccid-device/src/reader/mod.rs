@@ -189,8 +189,6 @@ impl Reader {
         let mut session = Session::new();
         let mut connections = Connections::new();
         let mut alarm = Alarm::new();
-        let mut leaving: Option<oneshot::Sender<()>> = None;
-        let mut leave_by = None;
         let mut lost_by = None;
         loop {
             self.carry_usbredir(&mut session, &mut connections);
@@ -199,14 +197,7 @@ impl Reader {
                 true => lost_by.or_else(|| Some(Instant::now() + LOST)),
                 false => None,
             };
-            if leaving.is_some() && (!session.is_attached() || !connections.any()) {
-                // The guest's side has the disconnect, or nobody is there to have it.
-                connections.flush().await;
-                opener.abort();
-                tell(leaving.take());
-                return Ok(());
-            }
-            let due = [self.device.next_deadline(), session.next_deadline(), leave_by, lost_by];
+            let due = [self.device.next_deadline(), session.next_deadline(), lost_by];
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
@@ -229,8 +220,12 @@ impl Reader {
                 }
                 Next::Event(Event::Request(Request::Unplug(reply))) => {
                     session.unplug(&mut self.device, now);
-                    leaving = Some(reply);
-                    leave_by = Some(now + connection::LAST_WORDS);
+                    self.carry_usbredir(&mut session, &mut connections);
+                    self.tell_attached(session.is_attached());
+                    connections.flush().await;
+                    opener.abort();
+                    tell(Some(reply));
+                    return Ok(());
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => {
@@ -240,11 +235,6 @@ impl Reader {
                         tracing::info!("the guest has not come back; its card sessions end");
                         session.unplug(&mut self.device, now);
                         session.plug();
-                    }
-                    if leave_by.is_some_and(|at| at <= now) {
-                        opener.abort();
-                        tell(leaving.take());
-                        return Ok(());
                     }
                 }
             }
