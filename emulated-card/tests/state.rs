@@ -973,6 +973,14 @@ impl KeyStore for Store {
 struct Login(Arc<AtomicUsize>);
 
 impl Unlocked for Login {
+    fn ecdsa(&self, _: usize, _: &[u8]) -> Result<Vec<u8>, KeyError> {
+        Err(KeyError::Block)
+    }
+
+    fn ecdh(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
+        Err(KeyError::Block)
+    }
+
     fn rsa_raw(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
         Err(KeyError::LoggedOut)
     }

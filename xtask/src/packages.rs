@@ -11,11 +11,19 @@ use std::time::{Duration, SystemTime};
 use crate::steps::{self, Failure};
 
 /// Each with what it is for.
-const PACKAGES: [(&str, &str); 16] = [
+const PACKAGES: [(&str, &str); 24] = [
     ("pkg-config", "tells cargo where C libraries are"),
     ("libpcsclite-dev", "PC/SC: real readers of the host, the guest's PC/SC program"),
     ("libnss3-dev", "NSS: certificates and keys of the emulated card"),
     ("libnss3-tools", "certutil and pk12util make databases for tests"),
+    ("libssl-dev", "OpenSSL: keys and certificates in PEM and PKCS#12 files"),
+    ("vsmartcard-vpcd", "pcscd's virtual reader: cards on the host, without a VM"),
+    ("softhsm2", "a PKCS#11 token made in software"),
+    ("gnutls-bin", "p11tool, one of the programs that use the card in tests"),
+    ("libengine-pkcs11-openssl", "openssl with the card in tests"),
+    ("openssh-client", "ssh with the card in tests"),
+    ("openssh-server", "what it logs in to"),
+    ("libcacard-dev", "libcacard, which the benchmark is compared with"),
     ("openssl", "makes keys and certificates for tests, checks signatures in the guest"),
     ("qemu-system-x86", "runs the test guest"),
     ("qemu-system-common", "QEMU's smart card devices, loaded as modules"),

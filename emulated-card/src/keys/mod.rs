@@ -2,27 +2,61 @@
 //!
 //! Applets see only these traits; a store never sees an APDU.
 
+#[cfg(any(feature = "nss", feature = "pem"))]
+mod certificate;
 #[cfg(all(unix, feature = "nss"))]
 pub mod nss;
 
 use thiserror::Error;
 use vscard_protocol::Secret;
 
+/// A curve of SP 800-78-4 table 3-1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Curve {
+    /// NIST P-256.
+    P256,
+    /// NIST P-384.
+    P384,
+}
+
+impl Curve {
+    /// Length of a field element in bytes: of one coordinate, of each half of a signature.
+    pub fn field_len(self) -> usize {
+        match self {
+            Self::P256 => 32,
+            Self::P384 => 48,
+        }
+    }
+}
+
 /// What kind of key a certificate certifies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyKind {
-    /// RSA with a modulus of that many bits.
+    /// RSA with a modulus of that many bits, 1024 to 4096 in whole bytes.
     Rsa {
         /// Modulus length in bits.
         bits: usize,
     },
+    /// A key on that curve.
+    Ec(Curve),
 }
 
 impl KeyKind {
-    /// Length of one raw block in bytes (the modulus).
+    /// Length in bytes of what a private-key operation works on: the modulus, or a field element.
     pub fn block_len(self) -> usize {
         match self {
             Self::Rsa { bits } => bits.div_ceil(8),
+            Self::Ec(curve) => curve.field_len(),
+        }
+    }
+}
+
+impl std::fmt::Display for KeyKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Rsa { bits } => write!(f, "RSA, {bits} bits"),
+            Self::Ec(Curve::P256) => f.write_str("P-256"),
+            Self::Ec(Curve::P384) => f.write_str("P-384"),
         }
     }
 }
@@ -65,6 +99,20 @@ pub trait Unlocked: Send + Sync {
     /// # Errors
     /// [`KeyError`].
     fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError>;
+
+    /// An ECDSA signature over `digest`, which is at most as long as a field element: the numbers r and s, each as
+    /// long as a field element.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    fn ecdsa(&self, index: usize, digest: &[u8]) -> Result<Vec<u8>, KeyError>;
+
+    /// The shared secret of ECDH with a peer's public key `point`, uncompressed (04, x, y): the x coordinate, as
+    /// long as a field element.
+    ///
+    /// # Errors
+    /// [`KeyError`]; a point that is not on the key's curve is [`KeyError::Block`].
+    fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError>;
 }
 
 /// Why a store did not unlock.
@@ -84,7 +132,8 @@ pub enum UnlockError {
 /// Why a private-key operation failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum KeyError {
-    /// The block has the wrong length, or is not below the modulus.
+    /// What is to be worked on does not fit the key: a block of another length or not below the modulus, a digest
+    /// longer than the field, a point not on the curve, an operation that keys of this kind do not have.
     #[error("the block does not fit the key")]
     Block,
     /// This login is over.

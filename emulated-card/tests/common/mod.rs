@@ -146,8 +146,8 @@ impl KeyStore for Store {
     }
 }
 
-impl Unlocked for Login {
-    fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
+impl Login {
+    fn operate(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
         self.seen.operations.fetch_add(1, Ordering::SeqCst);
         if let Some(gate) = &self.gate {
             gate.pass();
@@ -160,6 +160,20 @@ impl Unlocked for Login {
                 Ok(Secret::new(result))
             }
         }
+    }
+}
+
+impl Unlocked for Login {
+    fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
+        self.operate(index, block)
+    }
+
+    fn ecdsa(&self, index: usize, digest: &[u8]) -> Result<Vec<u8>, KeyError> {
+        self.operate(index, digest).map(|result| [result.expose(), result.expose()].concat())
+    }
+
+    fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
+        self.operate(index, point)
     }
 }
 

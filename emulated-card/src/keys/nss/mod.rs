@@ -3,7 +3,6 @@
 //! Each [`NssDatabase`] has a login state of its own, also when two of them are opened on one directory. A
 //! store does one thing at a time; two stores work in parallel.
 
-mod certificate;
 mod directory;
 mod error;
 #[allow(unsafe_code)]
@@ -18,10 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vscard_protocol::Secret;
 use zeroize::Zeroizing;
 
-use self::certificate::{Key, Parts};
 pub use self::error::OpenError;
 use self::ffi::{Attribute, Class, Login, NssError, PrivateKey, Slot, SlotError};
-use super::{Certificate, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
+use super::certificate::{self, Parts, PublicKey, Unfit};
+use super::{Certificate, KeyError, KeyStore, UnlockError, Unlocked};
 
 /// As many certificates as a CAC applet has key slots for.
 const MAX_CERTIFICATES: usize = 10;
@@ -226,19 +225,19 @@ impl Content {
         let Some((found, parts)) = best else {
             return Err(OpenError::NoPrivateKey { nickname: name, directory });
         };
-        let modulus = match parts.key {
-            Key::Rsa { modulus } => modulus,
-            Key::Other(kind) => return Err(OpenError::KeyKind { nickname: name, directory, kind }),
-        };
-        let bits = certificate::bits(&modulus);
-        if !(1024..=4096).contains(&bits) || bits % 8 != 0 {
-            return Err(OpenError::KeySize { nickname: name, directory, bits });
-        }
-        let certificate = Certificate {
-            name: name.clone(),
-            der: found.der.clone(),
-            public_key: parts.public_key,
-            kind: KeyKind::Rsa { bits },
+        let (spki, public) = parts.key().map_err(|unfit| match unfit {
+            Unfit::Kind(kind) => {
+                OpenError::KeyKind { nickname: name.clone(), directory: directory.clone(), kind }
+            }
+            Unfit::Size(bits) => {
+                OpenError::KeySize { nickname: name.clone(), directory: directory.clone(), bits }
+            }
+        })?;
+        let certificate =
+            Certificate { name: name.clone(), der: found.der.clone(), public_key: spki, kind: public.kind() };
+        let PublicKey::Rsa { modulus } = public else {
+            let kind = public.kind().to_string();
+            return Err(OpenError::KeyKind { nickname: name, directory: path.to_owned(), kind });
         };
         Ok((certificate, WantedKey { nickname: name, id: found.id.clone(), modulus }))
     }
@@ -397,6 +396,15 @@ impl Unlocked for NssLogin {
             return Err(KeyError::Failed(format!("NSS gave {written} bytes for {}", block.len())));
         }
         Ok(Secret::new(std::mem::take(&mut *result)))
+    }
+
+    fn ecdsa(&self, _: usize, _: &[u8]) -> Result<Vec<u8>, KeyError> {
+        // Only RSA keys are taken from a database yet.
+        Err(KeyError::Block)
+    }
+
+    fn ecdh(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
+        Err(KeyError::Block)
     }
 }
 

@@ -2,14 +2,19 @@
 
 use std::time::Duration;
 
+use thiserror::Error;
 use x509_cert::der::asn1::{ObjectIdentifier, UintRef};
 use x509_cert::der::{AnyRef, Decode, Reader, SliceReader, Tag, Tagged};
 use x509_cert::spki::SubjectPublicKeyInfoRef;
 use x509_cert::time::Validity;
 
+use super::{Curve, KeyKind};
+
 const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 const RSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10");
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
+const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
+const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 
 /// The parts of a certificate that matter here.
 pub(super) struct Parts {
@@ -17,18 +22,63 @@ pub(super) struct Parts {
     pub(super) public_key: Vec<u8>,
     /// notAfter, then notBefore, since 1970: the greater, the later the certificate.
     pub(super) validity: (Duration, Duration),
-    pub(super) key: Key,
+    key: Key,
 }
 
-pub(super) enum Key {
-    /// An RSA key with its modulus, no leading zero.
-    Rsa { modulus: Vec<u8> },
+enum Key {
+    Rsa {
+        modulus: Vec<u8>,
+    },
+    Ec(PublicKey),
     /// Another kind, by its usual name or object identifier.
     Other(String),
 }
 
+/// The public half of a key that a card can hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum PublicKey {
+    /// The modulus, no leading zero.
+    Rsa { modulus: Vec<u8> },
+    /// The point, uncompressed: 04, x, y.
+    Ec { curve: Curve, point: Vec<u8> },
+}
+
+impl PublicKey {
+    pub(super) fn kind(&self) -> KeyKind {
+        match self {
+            Self::Rsa { modulus } => KeyKind::Rsa { bits: bits(modulus) },
+            Self::Ec { curve, .. } => KeyKind::Ec(*curve),
+        }
+    }
+}
+
+/// Why no card can hold a certificate's key.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub(super) enum Unfit {
+    #[error("{0} keys are not supported")]
+    Kind(String),
+    #[error("RSA keys of {0} bits are not supported, only 1024 to 4096 in whole bytes")]
+    Size(usize),
+}
+
+impl Parts {
+    /// The key, if it is one that a card can hold: RSA of 1024 to 4096 bits in whole bytes, P-256 or P-384.
+    pub(super) fn key(self) -> Result<(Vec<u8>, PublicKey), Unfit> {
+        match self.key {
+            Key::Rsa { modulus } => match bits(&modulus) {
+                bits if (1024..=4096).contains(&bits) && bits % 8 == 0 => {
+                    Ok((self.public_key, PublicKey::Rsa { modulus }))
+                }
+                bits => Err(Unfit::Size(bits)),
+            },
+            Key::Ec(key) => Ok((self.public_key, key)),
+            Key::Other(kind) => Err(Unfit::Kind(kind)),
+        }
+    }
+}
+
 /// Length in bits of a big-endian number without leading zero bytes.
-pub(super) fn bits(number: &[u8]) -> usize {
+fn bits(number: &[u8]) -> usize {
     number.first().map_or(0, |first| number.len() * 8 - first.leading_zeros() as usize)
 }
 
@@ -68,7 +118,19 @@ fn parse_key(public_key: &[u8]) -> x509_cert::der::Result<Key> {
             let modulus = UintRef::decode(&mut SliceReader::new(key.value())?)?;
             Key::Rsa { modulus: modulus.as_bytes().to_vec() }
         }
-        EC => Key::Other("EC".to_owned()),
+        EC => {
+            let curve = match info.algorithm.parameters_oid() {
+                Ok(P256) => Curve::P256,
+                Ok(P384) => Curve::P384,
+                Ok(other) => return Ok(Key::Other(format!("EC ({other})"))),
+                Err(_) => return Ok(Key::Other("EC".to_owned())),
+            };
+            let point = info.subject_public_key.raw_bytes();
+            if point.first() != Some(&0x04) || point.len() != 1 + 2 * curve.field_len() {
+                return Ok(Key::Other("EC with a compressed point".to_owned()));
+            }
+            Key::Ec(PublicKey::Ec { curve, point: point.to_vec() })
+        }
         RSA_PSS => Key::Other("RSA-PSS".to_owned()),
         other => Key::Other(other.to_string()),
     })
