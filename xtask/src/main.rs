@@ -141,8 +141,11 @@ fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
         ["bench", "--locked", "-p", "vscard-protocol", "-p", "emulated-card", "-p", "ccid-device"];
     steps.cargo("library benchmarks", libraries, &[])?;
     steps.cargo("programs", PROGRAMS.iter().chain(&["--bins", "--release"]), &[])?;
-    let fixed = ["run", "--quiet", "--release", "--locked", "-p", "stack-tests", "--bin", "bench", "--"];
-    steps.cargo("stack benchmarks", fixed.into_iter().chain(args.iter().map(String::as_str)), &[])
+    for (name, binary) in [("card benchmarks", "bench-card"), ("stack benchmarks", "bench")] {
+        let fixed = ["run", "--quiet", "--release", "--locked", "-p", "stack-tests", "--bin", binary, "--"];
+        steps.cargo(name, fixed.into_iter().chain(args.iter().map(String::as_str)), &[])?;
+    }
+    Ok(())
 }
 
 fn guest(steps: &mut Steps) -> Result<(), Failure> {
