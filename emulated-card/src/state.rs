@@ -101,11 +101,11 @@ pub enum StateError {
         /// The database the card is made from.
         database: PathBuf,
     },
-    /// The first PIN of a card does not fit a card.
+    /// The first PIN or PUK of a card does not fit a card.
     #[error(transparent)]
     CardPin(#[from] CardPinError),
-    /// The first PIN could not be hashed.
-    #[error("cannot hash the card's PIN: {0}")]
+    /// The first PIN or PUK could not be hashed.
+    #[error("cannot hash the card's PIN or PUK: {0}")]
     Hash(String),
 }
 
@@ -269,6 +269,10 @@ pub(crate) struct Contents {
     pub(crate) left: Option<u8>,
     /// The PIN of a card that has its own.
     pub(crate) pin: Option<PinHash>,
+    /// As `left`, of the PUK.
+    pub(crate) puk_left: Option<u8>,
+    /// The PUK of a card that has one.
+    pub(crate) puk: Option<PinHash>,
 }
 
 /// One state file: where it is, and whether it holds a PIN.
@@ -489,9 +493,15 @@ fn encode(database: &Path, contents: &Contents) -> String {
             shown.push(character);
         }
     }
-    let left = contents.left.map_or_else(|| "full".to_owned(), |left| left.to_string());
-    let pin = contents.pin.as_ref().map_or_else(String::new, |pin| format!("pin {pin}\n"));
-    let body = format!("{FIRST_LINE}\ndatabase {shown}\ntries-left {left}\n{pin}");
+    let count = |left: Option<u8>| left.map_or_else(|| "full".to_owned(), |left| left.to_string());
+    let mut body = format!("{FIRST_LINE}\ndatabase {shown}\ntries-left {}\n", count(contents.left));
+    // Writing to a String cannot fail.
+    if let Some(pin) = &contents.pin {
+        let _ = writeln!(body, "pin {pin}");
+    }
+    if let Some(puk) = &contents.puk {
+        let _ = writeln!(body, "puk-tries-left {}\npuk {puk}", count(contents.puk_left));
+    }
     let check = hex(&Sha256::digest(&body));
     format!("{body}sha256 {check}\n")
 }
@@ -506,24 +516,25 @@ fn decode(bytes: &[u8]) -> Result<Contents, &'static str> {
     if check != format!("sha256 {}\n", hex(&Sha256::digest(body))) {
         return Err("is damaged");
     }
-    let mut lines = body.split_terminator('\n');
+    let mut lines = body.split_terminator('\n').peekable();
     if lines.next() != Some(FIRST_LINE) {
         return Err("was written by another version");
     }
-    let mut field = |name: &str| lines.next().map(|line| line.strip_prefix(name).ok_or("is malformed"));
-    field("database ").ok_or("is malformed")??;
-    let left = match field("tries-left ").ok_or("is malformed")?? {
-        "full" => None,
-        count => Some(count.parse().ok().filter(|&count: &u8| count <= 15).ok_or("is malformed")?),
+    let mut field = |name: &str| lines.next_if(|line| line.starts_with(name)).map(|line| &line[name.len()..]);
+    let count = |text: &str| match text {
+        "full" => Ok(None),
+        count => count.parse().ok().filter(|&count: &u8| count <= 15).map(Some).ok_or("is malformed"),
     };
-    let pin = match field("pin ") {
-        Some(hash) => Some(PinHash::parse(hash?).ok_or("holds a PIN hash that cannot be used")?),
-        None => None,
-    };
-    match lines.next() {
-        Some(_) => Err("is malformed"),
-        None => Ok(Contents { left, pin }),
+    let hash = |text: &str| PinHash::parse(text).ok_or("holds a PIN hash that cannot be used");
+    field("database ").ok_or("is malformed")?;
+    let left = count(field("tries-left ").ok_or("is malformed")?)?;
+    let pin = field("pin ").map(hash).transpose()?;
+    let puk_left = field("puk-tries-left ").map(count).transpose()?;
+    let puk = field("puk ").map(hash).transpose()?;
+    if lines.next().is_some() || puk_left.is_some() != puk.is_some() || (puk.is_some() && pin.is_none()) {
+        return Err("is malformed");
     }
+    Ok(Contents { left, pin, puk_left: puk_left.flatten(), puk })
 }
 
 fn make_directory(path: &Path) -> io::Result<()> {

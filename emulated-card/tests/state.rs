@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use emulated_card::keys::{Certificate, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use emulated_card::pin::{
-    CardPinError, InitialPin, PinError, ReferenceData, SecretFileError, check_card_pin, read_secret_file,
+    CardPinError, Initial, PinError, ReferenceData, SecretFileError, check_card_pin, read_secret_file,
 };
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
 use tempfile::TempDir;
@@ -589,7 +589,7 @@ fn a_card_can_have_a_pin_of_its_own() {
     assert!(matches!(none, StateError::NoPin { .. }) && none.to_string().contains("--pin-file"), "{none}");
 
     let (data, outcome) = place.own(&claim, Some(&pin)).unwrap();
-    assert_eq!(outcome, InitialPin::Created);
+    assert_eq!(outcome, Initial::Created);
     assert!(ReferenceData::card_has_pin(&place.directory, &claim).unwrap());
     let text = fs::read_to_string(place.state_file()).unwrap();
     assert!(text.contains("\npin $argon2id$v=19$") && !text.contains("1234\n"), "{text}");
@@ -602,12 +602,12 @@ fn a_card_can_have_a_pin_of_its_own() {
     drop(data);
 
     let (data, outcome) = place.own(&claim, Some(&WRONG.into())).unwrap();
-    assert_eq!((outcome, data.tries_left().unwrap()), (InitialPin::Ignored, 2));
+    assert_eq!((outcome, data.tries_left().unwrap()), (Initial::Ignored, 2));
     assert_wrong(&data.verify(&WRONG.into(), &store), 1);
     data.verify(&pin, &store).unwrap();
 
     let (data, outcome) = place.own(&claim, None).unwrap();
-    assert_eq!(outcome, InitialPin::NotGiven);
+    assert_eq!(outcome, Initial::NotGiven);
     data.verify(&pin, &store).unwrap();
 }
 
@@ -619,7 +619,7 @@ fn own_pins_are_counted_per_card() {
     let pin = Secret::from(&b"1234"[..]);
     let (one, _) = place.own(&first, Some(&pin)).unwrap();
     let (other, outcome) = place.own(&second, Some(&pin)).unwrap();
-    assert_eq!(outcome, InitialPin::Created);
+    assert_eq!(outcome, Initial::Created);
     for left in [2, 1, 0] {
         assert_wrong(&one.verify(&WRONG.into(), &store), left);
     }
@@ -884,8 +884,17 @@ impl Place {
         &self,
         claim: &CardClaim,
         initial: Option<&Secret>,
-    ) -> Result<(ReferenceData, InitialPin), StateError> {
-        ReferenceData::of_card(&self.directory, claim, initial, Secret::from(&b"host"[..]), 3)
+    ) -> Result<(ReferenceData, Initial), StateError> {
+        self.own_with_puk(claim, initial, None).map(|(data, pin, _)| (data, pin))
+    }
+
+    fn own_with_puk(
+        &self,
+        claim: &CardClaim,
+        pin: Option<&Secret>,
+        puk: Option<&Secret>,
+    ) -> Result<(ReferenceData, Initial, Initial), StateError> {
+        ReferenceData::of_card(&self.directory, claim, pin, puk, Secret::from(&b"host"[..]), 3)
     }
 
     fn state_file(&self) -> PathBuf {
