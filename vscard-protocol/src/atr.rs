@@ -83,37 +83,8 @@ impl Atr {
             other => return Err(AtrError::Convention(other)),
         }
         let t0 = at(1, "T0")?;
-        let mut offset = 2;
-        let mut present = t0 >> 4;
-        let mut protocols = Vec::new();
-        let mut tc2 = None;
-        let mut level = 1;
-        loop {
-            for (bit, field) in [(1, "TA"), (2, "TB"), (4, "TC")] {
-                if present & bit != 0 {
-                    let value = at(offset, field)?;
-                    if field == "TC" && level == 2 {
-                        tc2 = Some(value);
-                    }
-                    offset += 1;
-                }
-            }
-            if present & 8 == 0 {
-                break;
-            }
-            let td = at(offset, "TD")?;
-            offset += 1;
-            // T=15 only qualifies the interface bytes that follow; it is no protocol (§8.2.3).
-            if td & 0x0F != 15 && !protocols.contains(&(td & 0x0F)) {
-                protocols.push(td & 0x0F);
-            }
-            present = td >> 4;
-            level += 1;
-        }
+        let Interface { protocols, tc2, end: offset } = Interface::parse(bytes)?;
         let has_tck = bytes.len() > 2 && Self::needs_check(bytes);
-        if protocols.is_empty() {
-            protocols.push(0);
-        }
         let count = usize::from(t0 & 0x0F);
         if count > 0 {
             at(offset + count - 1, "the last historical byte")?;
@@ -131,6 +102,23 @@ impl Atr {
             return Err(AtrError::Trailing { offset: end, extra: bytes.len() - end });
         }
         Ok(Self { raw: bytes.to_vec(), protocols, tc2, historical })
+    }
+
+    /// What a real card answered, taken as it is: cards in use have ATRs with a wrong TCK, too few or too many
+    /// bytes, and no card is refused for that. The bytes are kept (33 at most); what cannot be read in them is
+    /// missing.
+    pub fn from_card(bytes: &[u8]) -> Self {
+        let bytes = &bytes[..bytes.len().min(MAX_ATR)];
+        Self::parse(bytes).unwrap_or_else(|_| {
+            let Interface { protocols, tc2, end } = Interface::parse(bytes).unwrap_or(Interface {
+                protocols: vec![0],
+                tc2: None,
+                end: bytes.len(),
+            });
+            let count = bytes.get(1).map_or(0, |t0| usize::from(t0 & 0x0F));
+            let historical = (end, bytes.len().min(end + count));
+            Self { raw: bytes.to_vec(), protocols, tc2, historical }
+        })
     }
 
     /// Whether any TD names something other than T=0, which makes TCK mandatory (§8.2.5).
@@ -201,6 +189,53 @@ impl Atr {
     }
 }
 
+/// T0 and what follows it, to the historical bytes (§8.2).
+struct Interface {
+    protocols: Vec<u8>,
+    tc2: Option<u8>,
+    /// Where the historical bytes begin.
+    end: usize,
+}
+
+impl Interface {
+    fn parse(bytes: &[u8]) -> Result<Self, AtrError> {
+        let at = |offset: usize, field| {
+            bytes.get(offset).copied().ok_or(AtrError::Short { field, offset, length: bytes.len() })
+        };
+        let mut present = at(1, "T0")? >> 4;
+        let mut offset = 2;
+        let mut protocols = Vec::new();
+        let mut tc2 = None;
+        let mut level = 1;
+        loop {
+            for (bit, field) in [(1, "TA"), (2, "TB"), (4, "TC")] {
+                if present & bit != 0 {
+                    let value = at(offset, field)?;
+                    if field == "TC" && level == 2 {
+                        tc2 = Some(value);
+                    }
+                    offset += 1;
+                }
+            }
+            if present & 8 == 0 {
+                break;
+            }
+            let td = at(offset, "TD")?;
+            offset += 1;
+            // T=15 only qualifies the interface bytes that follow; it is no protocol (§8.2.3).
+            if td & 0x0F != 15 && !protocols.contains(&(td & 0x0F)) {
+                protocols.push(td & 0x0F);
+            }
+            present = td >> 4;
+            level += 1;
+        }
+        if protocols.is_empty() {
+            protocols.push(0);
+        }
+        Ok(Self { protocols, tc2, end: offset })
+    }
+}
+
 impl fmt::Display for Atr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.raw.iter().try_for_each(|byte| write!(f, "{byte:02X}"))
@@ -252,6 +287,18 @@ mod tests {
     }
 
     #[test]
+    fn a_card_in_use_is_not_refused_for_its_atr() {
+        // A wrong TCK, a byte too many, a historical byte missing, nothing sensible, nothing.
+        let wrong_check = Atr::from_card(&[0x3B, 0x82, 0x01, b'o', b'k', 0x00]);
+        assert_eq!((wrong_check.historical(), wrong_check.to_string()), (&b"ok"[..], "3B82016F6B00".into()));
+        assert_eq!(wrong_check.protocols().collect::<Vec<_>>(), [1]);
+        assert_eq!(Atr::from_card(&[0x3B, 0x02, b'o', b'k', 0x00]).historical(), b"ok");
+        assert_eq!(Atr::from_card(&[0x3B, 0x03, b'o', b'k']).historical(), b"ok");
+        assert_eq!(Atr::from_card(&[0x00, 0xFF]).as_bytes(), [0x00, 0xFF]);
+        assert_eq!(Atr::from_card(&[]).as_bytes(), []);
+    }
+
+    #[test]
     fn built_atrs() {
         assert_eq!(Atr::t0(b"VSCC").unwrap().to_string(), "3B84400156534343");
         let t1 = Atr::t1(b"PIV").unwrap();
@@ -269,6 +316,10 @@ mod tests {
                 prop_assert!(atr.historical().len() <= 15);
                 prop_assert!(atr.protocols().count() >= 1);
             }
+            let taken = Atr::from_card(&bytes);
+            prop_assert_eq!(taken.as_bytes(), &bytes[..bytes.len().min(MAX_ATR)]);
+            prop_assert!(taken.historical().len() <= 15);
+            prop_assert!(taken.protocols().count() >= 1);
         }
 
         #[test]
