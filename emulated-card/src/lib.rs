@@ -8,5 +8,6 @@ pub mod certificates;
 pub mod keys;
 pub mod pin;
 pub mod shell;
+pub mod slot;
 pub mod state;
 mod tlv;
