@@ -14,18 +14,34 @@
 //! }
 //! ```
 //!
+//! # What it is
+//! [`CardOptions`] says as what the certificates show: a PIV card (SP 800-73-4), a CAC (GSC-IS 2.1), or both. On a
+//! dual card OpenSC 0.23 and Windows find PIV, which they look for first; coolkey and other CAC software find the
+//! CAC.
+//!
 //! # Rules of the card, whichever applet is selected
 //! * Classes 00 and 80 mean the same. Other logical channels are refused with 6881, secure messaging with 6882,
-//!   command chaining with 6884, all other classes with 6E00 (ISO/IEC 7816-4:2005 §5.1.1).
+//!   command chaining with 6884 where the selected applet has none for the instruction, all other classes with 6E00
+//!   (ISO/IEC 7816-4:2005 §5.1.1).
+//! * The pieces of a chain are answered with 9000; instruction, P1 and P2 are the same in all of them. Any other
+//!   command drops the chain and is done as if there had been none.
 //! * The card speaks APDUs: a response longer than Le is cut to Le and ends with 61XX; GET RESPONSE reads on.
 //!   Without Le there is no data, only 61XX. Any other command throws away what was not read. GET RESPONSE with
 //!   nothing to read is 6985; OpenSC sends it after 61XX only, so it never meets that.
 //! * A SELECT that fails leaves the applet selected that was, as on GlobalPlatform cards (libcacard deselects
 //!   it).
-//! * The PIN is one for the whole card. It may be verified before any applet is selected, survives SELECT, and is
-//!   forgotten at reset, at a wrong PIN and at [`EmulatedCard::logout`]. Private keys ask for it even where the
-//!   store would not: what makes a PIN right is the [`ReferenceData`]'s to say.
+//! * There is one PIN and one login. It is forgotten at reset, at a wrong PIN and at [`EmulatedCard::logout`].
+//!   Private keys ask for it even where the store would not: what makes a PIN right is the [`ReferenceData`]'s to
+//!   say. Only PIV's card authentication key works without, where the store allows it.
+//! * The PIV application is selected from the start, and each SELECT that enters or leaves it, or selects it again,
+//!   forgets the PIN. Among the applets of a CAC the PIN is the card's: it may be verified before any of them is
+//!   selected, and survives SELECT.
+//! * PIV's rule that the signature key wants the PIN before each use (SP 800-73-4 Part 1 §3.1.3) is PIV's alone: on
+//!   a dual card the same key is in a CAC container, which has no such rule.
 
+mod job;
+
+use std::str::FromStr;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -33,17 +49,74 @@ use vscard_protocol::apdu::ins;
 use vscard_protocol::atr::AtrError;
 use vscard_protocol::{Atr, Command, Response, Secret, StatusWord};
 
-use crate::applet::{Applet, Outcome, Session, cac};
-use crate::keys::{KeyError, KeyStore, Unlocked};
-use crate::pin::{PinError, ReferenceData};
+use crate::applet::{Applet, Outcome, Session, cac, piv};
+use crate::keys::{KeyKind, KeyStore, Unlocked};
+use crate::pin::ReferenceData;
+use crate::slot::{PivSlot, SlotError};
 use crate::state::CardId;
 
-/// Historical bytes in COMPACT-TLV (ISO/IEC 7816-4:2005 §8.1.1): card capabilities (selection by full DF name, data
-/// units of one byte, extended length fields), then the issuer's data.
-const HISTORICAL: [u8; 14] = *b"\x80\x73\x80\x01\x40\x58EMULATED";
+pub use job::{Done, Job};
+pub(crate) use job::{KeyOperation, KeyWork, Work};
 
-/// Longest PIN (the body of VERIFY is eight bytes, filled up with FF).
-const MAX_PIN: usize = 8;
+/// As what a card shows itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Profile {
+    /// A PIV card alone.
+    Piv,
+    /// A CAC alone: RSA keys only.
+    Cac,
+    /// A PIV card whose RSA keys are in CAC containers, too.
+    #[default]
+    Dual,
+}
+
+impl Profile {
+    /// Historical bytes in COMPACT-TLV (ISO/IEC 7816-4:2005 §8.1.1).
+    ///
+    /// PIV's application identifier (F) is the surest sign of a PIV card to OpenSC 0.23, and leaves no room for
+    /// more than one byte of capabilities (selection by full DF name), which tells a dual card: Windows remembers
+    /// the class of a card by its ATR. The CAC has capabilities (selection by full DF name, data units of one byte,
+    /// extended length fields) and issuer's data.
+    fn historical(self) -> &'static [u8] {
+        match self {
+            Self::Piv => b"\x80\xFB\xA0\x00\x00\x03\x08\x00\x00\x10\x00\x01\x00",
+            Self::Cac => b"\x80\x73\x80\x01\x40\x58EMULATED",
+            Self::Dual => b"\x80\x71\x80\xFB\xA0\x00\x00\x03\x08\x00\x00\x10\x00\x01\x00",
+        }
+    }
+
+    fn is_cac(self) -> bool {
+        self != Self::Piv
+    }
+}
+
+/// Not the name of a [`Profile`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("a card's profile is piv, cac or dual")]
+pub struct UnknownProfile;
+
+impl FromStr for Profile {
+    type Err = UnknownProfile;
+
+    fn from_str(name: &str) -> Result<Self, UnknownProfile> {
+        match name {
+            "piv" => Ok(Self::Piv),
+            "cac" => Ok(Self::Cac),
+            "dual" => Ok(Self::Dual),
+            _ => Err(UnknownProfile),
+        }
+    }
+}
+
+/// What a card is to be.
+#[derive(Clone, Debug, Default)]
+pub struct CardOptions {
+    /// As what it shows itself.
+    pub profile: Profile,
+    /// Which certificate of the store is in which slot, by index: see [`slot::assign`](crate::slot::assign). A
+    /// certificate in none is not on the card.
+    pub slots: Vec<(PivSlot, usize)>,
+}
 
 /// Where challenges come from: fills what it is given with random bytes.
 pub type Random = Box<dyn FnMut(&mut [u8]) + Send>;
@@ -55,9 +128,35 @@ pub enum CardBuildError {
     #[error("the card needs at least one certificate")]
     NoCertificates,
     /// More certificates than a CAC has containers.
-    #[error("{count} certificates are too many: a CAC holds {}", cac::MAX_CERTIFICATES)]
+    #[error("{count} certificates are too many: a CAC holds {limit}")]
     TooManyCertificates {
         /// How many there were.
+        count: usize,
+        /// How many there may be.
+        limit: usize,
+    },
+    /// No certificate that a CAC can have.
+    #[error("a CAC has RSA keys only, and none of the certificates has one: make it a PIV card")]
+    NoRsa,
+    /// A key that PIV has no algorithm identifier for.
+    #[error("certificate {name:?}: PIV has no algorithm for its key ({kind}), so it can only be on a CAC")]
+    NoPivAlgorithm {
+        /// The certificate's name.
+        name: String,
+        /// Its key.
+        kind: KeyKind,
+    },
+    /// The certificates do not go into slots.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// A slot names a certificate that the store does not have.
+    #[error("slot {slot} is to have certificate {index} of the key store, which has only {count}")]
+    Index {
+        /// The slot.
+        slot: PivSlot,
+        /// The index, from 0.
+        index: usize,
+        /// Certificates in the store.
         count: usize,
     },
     /// A certificate that is too long for a container.
@@ -77,7 +176,9 @@ pub struct EmulatedCard {
     reference: Arc<ReferenceData>,
     random: Random,
     atr: Atr,
+    /// The PIV application first, if there is one.
     applets: Vec<Box<dyn Applet>>,
+    profile: Profile,
     /// Counts resets.
     epoch: u64,
     volatile: Volatile,
@@ -88,13 +189,31 @@ pub struct EmulatedCard {
 struct Volatile {
     /// The verified PIN. A running job has it instead.
     login: Option<Box<dyn Unlocked>>,
+    /// Whether the PIN was verified and no key that asks for it each time was used since.
+    fresh: bool,
     /// Index of the selected applet.
     selected: Option<usize>,
-    /// Command data sent ahead of the command it belongs to.
+    /// The pieces of a chain so far.
+    chain: Option<Chain>,
+    /// Command data sent ahead of the command it belongs to, in an applet's own way.
     gathered: Secret,
     /// Response data not read yet, and how much of it was.
     unread: Option<(Secret, usize)>,
     running: Option<Running>,
+}
+
+/// The pieces of a chain: what they have in common, and their data.
+struct Chain {
+    /// INS, P1, P2.
+    header: [u8; 3],
+    data: Secret,
+}
+
+impl Chain {
+    fn header(command: &Command) -> [u8; 3] {
+        let [_, header @ ..] = command.header();
+        header
+    }
 }
 
 /// What the card keeps of a command that is being worked on.
@@ -113,33 +232,11 @@ pub enum Step {
     Work(Job),
 }
 
-/// What blocks: a PIN check or a key operation.
-#[must_use = "a job that is not run leaves the command unanswered"]
-pub struct Job {
-    epoch: u64,
-    login: Option<Box<dyn Unlocked>>,
-    store: Arc<dyn KeyStore>,
-    reference: Arc<ReferenceData>,
-    work: Work,
-}
-
-enum Work {
-    Verify(Secret),
-    TriesLeft,
-    RsaRaw { key: usize, block: Secret },
-}
-
-/// A [`Job`] that was run. Dropping it logs out what it had logged in.
-#[must_use = "the command stays unanswered until the card has this"]
-pub struct Done {
-    epoch: u64,
-    login: Option<Box<dyn Unlocked>>,
-    result: Result<Secret, StatusWord>,
-}
-
 impl EmulatedCard {
     /// A card with the certificates and keys of `store`, guarded by `reference`. `random` is where challenges
     /// come from.
+    ///
+    /// A dual card has the first ten certificates with RSA keys in CAC containers, in the order of their slots.
     ///
     /// # Errors
     /// [`CardBuildError`] when a card cannot hold what the store has.
@@ -147,17 +244,56 @@ impl EmulatedCard {
         store: Arc<dyn KeyStore>,
         reference: Arc<ReferenceData>,
         id: CardId,
+        options: CardOptions,
         random: Random,
     ) -> Result<Self, CardBuildError> {
-        Ok(Self {
-            atr: Atr::t1(&HISTORICAL)?,
-            applets: cac::applets(store.certificates(), &id)?,
+        let CardOptions { profile, slots } = options;
+        let certificates = store.certificates();
+        if slots.is_empty() {
+            return Err(CardBuildError::NoCertificates);
+        }
+        let mut applets: Vec<Box<dyn Applet>> = Vec::new();
+        for (position, (slot, index)) in slots.iter().enumerate() {
+            if slots[..position].iter().any(|(taken, _)| taken == slot) {
+                return Err(SlotError::Taken(*slot).into());
+            }
+            if *index >= certificates.len() {
+                return Err(CardBuildError::Index { slot: *slot, index: *index, count: certificates.len() });
+            }
+        }
+        if profile != Profile::Cac {
+            applets.push(Box::new(piv::Piv::new(certificates, &slots, &id)?));
+        }
+        let mut containers = cac::containers(certificates, &slots);
+        match profile {
+            Profile::Piv => {}
+            Profile::Cac => {
+                if containers.is_empty() {
+                    return Err(CardBuildError::NoRsa);
+                }
+                applets.extend(cac::applets(certificates, &containers, &id)?);
+                applets.push(cac::plug_and_play());
+            }
+            Profile::Dual => {
+                containers.truncate(cac::MAX_CERTIFICATES);
+                // Without a container there is nothing for CAC software to find.
+                if !containers.is_empty() {
+                    applets.extend(cac::applets(certificates, &containers, &id)?);
+                }
+            }
+        }
+        let mut card = Self {
+            atr: Atr::t1(profile.historical())?,
+            applets,
+            profile,
             store,
             reference,
             random,
             epoch: 0,
             volatile: Volatile::default(),
-        })
+        };
+        card.reset();
+        Ok(card)
     }
 
     /// What the card answers to reset: T=1 (a `T0` wrapper makes another of it where T=0 is needed).
@@ -169,12 +305,23 @@ impl EmulatedCard {
     /// response data. A job that is still running will change nothing.
     pub fn reset(&mut self) {
         self.epoch += 1;
-        self.volatile = Volatile::default();
+        // PIV is selected implicitly (SP 800-73-4 Part 1 §2.2).
+        self.volatile = Volatile { selected: self.piv(), ..Volatile::default() };
+    }
+
+    /// Index of the PIV application.
+    fn piv(&self) -> Option<usize> {
+        (self.profile != Profile::Cac).then_some(0)
+    }
+
+    fn is_piv_selected(&self) -> bool {
+        self.piv().is_some_and(|index| self.volatile.selected == Some(index))
     }
 
     /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished.
     pub fn logout(&mut self) {
         self.volatile.login = None;
+        self.volatile.fresh = false;
         if let Some(running) = &mut self.volatile.running {
             running.forget = true;
         }
@@ -195,17 +342,38 @@ impl EmulatedCard {
         }
         let unread = self.volatile.unread.take();
         let gathered = std::mem::take(&mut self.volatile.gathered);
-        if let Some(refusal) = refuse_class(command.cla()) {
-            return refusal.into();
+        let chain = self.volatile.chain.take().filter(|chain| chain.header == Chain::header(command));
+        match class(command.cla()) {
+            Err(refusal) => return refusal.into(),
+            Ok(Class::Piece) => return self.piece(command, chain).into(),
+            Ok(Class::Whole) => {}
         }
+        let joined;
+        let command = match chain {
+            Some(chain) => {
+                joined = match self.join(command, chain) {
+                    Ok(joined) => joined,
+                    Err(refusal) => return refusal.into(),
+                };
+                &joined
+            }
+            None => command,
+        };
+        let verified = self.volatile.login.is_some();
         let outcome = match command.ins() {
             ins::GET_RESPONSE => return Step::Answer(self.get_response(command, unread)),
-            ins::VERIFY => return self.verify(command),
             ins::GET_CHALLENGE => self.get_challenge(command),
-            ins::SELECT if command.p1() != 0x02 => self.select(command),
+            ins::SELECT if command.p1() == 0x04 => self.select(command),
+            ins::SELECT if command.p1() != 0x02 && !self.is_piv_selected() => {
+                StatusWord::FUNCTION_NOT_SUPPORTED.into()
+            }
+            ins if self.profile.is_cac() && !self.is_piv_selected() && cac::reference::concerns(ins) => {
+                cac::reference::command(command, verified)
+            }
             _ => match self.volatile.selected.and_then(|index| self.applets.get(index)) {
                 Some(applet) => {
-                    applet.command(command, Session { verified: self.volatile.login.is_some(), gathered })
+                    let (fresh, random) = (&mut self.volatile.fresh, &mut self.random);
+                    applet.command(command, Session { verified, fresh, gathered, random })
                 }
                 None if command.ins() == ins::SELECT => StatusWord::NOT_FOUND.into(),
                 None => StatusWord::INS_NOT_SUPPORTED.into(),
@@ -218,8 +386,43 @@ impl EmulatedCard {
                 self.volatile.gathered = gathered;
                 StatusWord::SUCCESS.into()
             }
-            Outcome::RsaRaw { key, block } => self.work(command, Work::RsaRaw { key, block }),
+            Outcome::LogOut => {
+                self.logout();
+                StatusWord::SUCCESS.into()
+            }
+            Outcome::Work(work) => self.work(command, work),
         }
+    }
+
+    /// A command that is not the last of its chain.
+    fn piece(&mut self, command: &Command, chain: Option<Chain>) -> StatusWord {
+        let limit = self.chain_limit(command.ins());
+        if limit == 0 {
+            return StatusWord::CHAINING_NOT_SUPPORTED;
+        }
+        let mut chain =
+            chain.unwrap_or_else(|| Chain { header: Chain::header(command), data: Secret::default() });
+        if chain.data.len() + command.data().len() > limit {
+            return StatusWord::WRONG_LENGTH;
+        }
+        chain.data.extend(command.data());
+        self.volatile.chain = Some(chain);
+        StatusWord::SUCCESS
+    }
+
+    /// The last command of a chain, with the data of all.
+    fn join(&self, last: &Command, Chain { mut data, .. }: Chain) -> Result<Command, StatusWord> {
+        if data.len() + last.data().len() > self.chain_limit(last.ins()) {
+            return Err(StatusWord::WRONG_LENGTH);
+        }
+        data.extend(last.data());
+        let le = last.le().and_then(|le| u32::try_from(le).ok());
+        Command::build(last.header(), data.expose(), le).map_err(|_| StatusWord::WRONG_LENGTH)
+    }
+
+    fn chain_limit(&self, ins: u8) -> usize {
+        let selected = self.volatile.selected.and_then(|index| self.applets.get(index));
+        selected.map_or(0, |applet| applet.chain_limit(ins))
     }
 
     /// Ends the command whose job was run.
@@ -227,7 +430,7 @@ impl EmulatedCard {
     /// A `done` from before a [`reset`](Self::reset) is dropped, and its login with it; the response is then
     /// nobody's (6985).
     pub fn finish(&mut self, done: Done) -> Response {
-        let Done { epoch, login, result } = done;
+        let Done { epoch, login, fresh, result } = done;
         if epoch != self.epoch {
             return StatusWord::CONDITIONS_NOT_SATISFIED.into();
         }
@@ -235,6 +438,7 @@ impl EmulatedCard {
             return StatusWord::CONDITIONS_NOT_SATISFIED.into();
         };
         self.volatile.login = login.filter(|_| !forget);
+        self.volatile.fresh = self.volatile.login.is_some() && (fresh || self.volatile.fresh);
         match result {
             Ok(data) => self.respond((le > 0).then_some(le), data, 0),
             Err(status) => status.into(),
@@ -280,19 +484,22 @@ impl EmulatedCard {
     /// SELECT by application identifier (ISO/IEC 7816-4:2005 §7.1.1). With P2 = 0C there is no answer, with any other
     /// kind of control information asked for there is the FCI.
     fn select(&mut self, command: &Command) -> Outcome {
-        match (command.p1(), command.p2()) {
-            (0x04, p2) if p2 & 0xF0 != 0 => StatusWord::INCORRECT_P1P2.into(),
-            // Next and previous occurrence: identifiers are given in full, so there is none.
-            (0x04, p2) if p2 & 0x02 != 0 => StatusWord::NOT_FOUND.into(),
-            (0x04, p2) => {
-                let found =
-                    self.applets.iter().enumerate().find(|(_, applet)| applet.answers_to(command.data()));
-                let Some((index, applet)) = found else { return StatusWord::NOT_FOUND.into() };
-                self.volatile.selected = Some(index);
-                if p2 & 0x0C == 0x0C { StatusWord::SUCCESS.into() } else { applet.fci().into() }
-            }
-            _ => StatusWord::FUNCTION_NOT_SUPPORTED.into(),
+        let p2 = command.p2();
+        if p2 & 0xF0 != 0 {
+            return StatusWord::INCORRECT_P1P2.into();
         }
+        // Next and previous occurrence: each application is there once.
+        if p2 & 0x02 != 0 {
+            return StatusWord::NOT_FOUND.into();
+        }
+        let found = self.applets.iter().enumerate().find(|(_, applet)| applet.answers_to(command.data()));
+        let Some((index, applet)) = found else { return StatusWord::NOT_FOUND.into() };
+        let answer = if p2 & 0x0C == 0x0C { StatusWord::SUCCESS.into() } else { applet.fci().into() };
+        if self.is_piv_selected() || self.piv() == Some(index) {
+            self.logout();
+        }
+        self.volatile.selected = Some(index);
+        answer
     }
 
     /// GET CHALLENGE: as many random bytes as asked for, at most 256; eight without Le (ISO/IEC 7816-4:2005 §7.5.3).
@@ -307,31 +514,6 @@ impl EmulatedCard {
         (self.random)(&mut challenge);
         challenge.into()
     }
-
-    /// VERIFY (ISO/IEC 7816-4:2005 §7.5.6). An empty body asks whether it is needed. A body that
-    /// cannot be a PIN is refused before it costs a try, and leaves a verified PIN alone.
-    fn verify(&mut self, command: &Command) -> Step {
-        let body = command.data();
-        if command.p1p2() != 0 {
-            return StatusWord::INCORRECT_P1P2.into();
-        }
-        if body.is_empty() {
-            return if self.volatile.login.is_some() {
-                StatusWord::SUCCESS.into()
-            } else {
-                self.work(command, Work::TriesLeft)
-            };
-        }
-        if body.len() > MAX_PIN {
-            return StatusWord::WRONG_LENGTH.into();
-        }
-        let padding = body.iter().rev().take_while(|byte| **byte == 0xFF).count();
-        let pin = &body[..body.len() - padding];
-        if pin.is_empty() || pin.contains(&0) {
-            return StatusWord::INCORRECT_DATA.into();
-        }
-        self.work(command, Work::Verify(Secret::from(pin)))
-    }
 }
 
 impl From<StatusWord> for Step {
@@ -340,77 +522,24 @@ impl From<StatusWord> for Step {
     }
 }
 
-impl Job {
-    /// Does the work, on the calling thread.
-    pub fn run(self) -> Done {
-        let Self { epoch, login, store, reference, work } = self;
-        let (login, result) = match work {
-            Work::Verify(pin) => {
-                // An earlier login ends here, whatever comes of this one.
-                drop(login);
-                match reference.verify(&pin, &*store) {
-                    Ok(login) => (Some(login), Ok(Secret::default())),
-                    Err(error) => (None, Err(pin_status(&error))),
-                }
-            }
-            Work::TriesLeft => {
-                let status = match reference.tries_left() {
-                    Ok(0) => StatusWord::AUTHENTICATION_BLOCKED,
-                    Ok(left) => StatusWord::tries_left(left),
-                    Err(error) => pin_status(&error),
-                };
-                (login, Err(status))
-            }
-            Work::RsaRaw { key, block } => rsa_raw(login, key, &block),
-        };
-        Done { epoch, login, result }
-    }
+/// What a class byte says.
+enum Class {
+    /// A command of its own, or the last of a chain.
+    Whole,
+    /// Not the last of a chain.
+    Piece,
 }
 
-fn rsa_raw(
-    login: Option<Box<dyn Unlocked>>,
-    key: usize,
-    block: &Secret,
-) -> (Option<Box<dyn Unlocked>>, Result<Secret, StatusWord>) {
-    let Some(login) = login else { return (None, Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED)) };
-    match login.rsa_raw(key, block.expose()) {
-        Ok(result) => (Some(login), Ok(result)),
-        Err(KeyError::Block) => (Some(login), Err(StatusWord::INCORRECT_DATA)),
-        Err(KeyError::LoggedOut) => (None, Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED)),
-        Err(error @ KeyError::Failed(_)) => {
-            tracing::warn!(%error, "SIGN/DECRYPT");
-            (Some(login), Err(StatusWord::NO_DIAGNOSIS))
-        }
-    }
-}
-
-fn pin_status(error: &PinError) -> StatusWord {
-    match error {
-        PinError::Wrong { left } => StatusWord::tries_left(*left),
-        PinError::Blocked => StatusWord::AUTHENTICATION_BLOCKED,
-        PinError::State(_) => {
-            tracing::warn!(%error, "PIN check");
-            StatusWord::MEMORY_FAILURE
-        }
-        PinError::NotChecked(_) => {
-            tracing::warn!(%error, "PIN check");
-            StatusWord::NO_DIAGNOSIS
-        }
-        PinError::NotSupported => StatusWord::CONDITIONS_NOT_SATISFIED,
-        PinError::Unfit(_) => StatusWord::INCORRECT_DATA,
-    }
-}
-
-/// Why a class byte is refused, if it is (ISO/IEC 7816-4:2005 §5.1.1, tables 2 and 3).
-fn refuse_class(class: u8) -> Option<StatusWord> {
+/// Takes a class byte apart, or says why it is refused (ISO/IEC 7816-4:2005 §5.1.1, tables 2 and 3).
+fn class(class: u8) -> Result<Class, StatusWord> {
     match class {
-        0x00 | 0x80 => None,
-        // First interindustry values: channel, then secure messaging, then chaining.
-        0x00..=0x1F if class & 0x03 != 0 => Some(StatusWord::CHANNEL_NOT_SUPPORTED),
-        0x00..=0x1F if class & 0x0C != 0 => Some(StatusWord::SECURE_MESSAGING_NOT_SUPPORTED),
-        0x00..=0x1F => Some(StatusWord::CHAINING_NOT_SUPPORTED),
+        0x00 | 0x80 => Ok(Class::Whole),
+        0x10 => Ok(Class::Piece),
+        // First interindustry values: channel, then secure messaging.
+        0x00..=0x1F if class & 0x03 != 0 => Err(StatusWord::CHANNEL_NOT_SUPPORTED),
+        0x00..=0x1F => Err(StatusWord::SECURE_MESSAGING_NOT_SUPPORTED),
         // Further interindustry values: channels 4 to 19.
-        0x40..=0x7F => Some(StatusWord::CHANNEL_NOT_SUPPORTED),
-        _ => Some(StatusWord::CLA_NOT_SUPPORTED),
+        0x40..=0x7F => Err(StatusWord::CHANNEL_NOT_SUPPORTED),
+        _ => Err(StatusWord::CLA_NOT_SUPPORTED),
     }
 }

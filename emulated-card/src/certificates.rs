@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::card::{CardBuildError, EmulatedCard};
+use crate::card::{CardBuildError, CardOptions, EmulatedCard, Profile};
 use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::{KeyStore, UnlockError};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
+use crate::slot;
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
 use thiserror::Error;
 use vscard_protocol::Secret;
@@ -164,7 +165,9 @@ impl CertificateCard {
                 std::process::abort();
             }
         });
-        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, random)?;
+        let slots = slot::assign(store.certificates(), &[]).map_err(CardBuildError::from)?;
+        let options = CardOptions { profile: Profile::Cac, slots };
+        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, random)?;
         let slot = CardSlot::new(card).map_err(SetupError::Thread)?;
         slot.forget_pin(self.forget_pin);
         Ok(OpenCard { slot: Arc::new(slot), _claim: claim })

@@ -10,6 +10,7 @@ pub mod keys;
 pub mod pcsc;
 pub mod pin;
 pub mod shell;
+pub mod slot;
 pub mod state;
 mod tlv;
 pub mod tries;

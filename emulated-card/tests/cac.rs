@@ -1,148 +1,19 @@
-//! The CAC, command by command: scenario files, and what does not fit one.
-//!
-//! A scenario is a text file of lines:
-//!
-//! | line | meaning |
-//! |---|---|
-//! | `card certificates=1 …` | a new card; the settings are those of `Setting` |
-//! | `step …` | names what follows |
-//! | `> 00 A4 …` | a command, in hexadecimal |
-//! | `< ?? * 9000` | the response: `??` is any byte, `*` any number of them |
-//! | `! reset`, `! logout` | what is done to the card from outside |
-//! | `# …` | a comment |
-//!
-//! In both, `FF*30` stands for thirty times that byte.
+//! The CAC: what does not fit a scenario.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
 
 use std::io::Read;
-use std::path::Path;
 
-use emulated_card::card::{CardBuildError, EmulatedCard, Step};
-use emulated_card::keys::{KeyError, UnlockError};
+use emulated_card::card::{CardBuildError, EmulatedCard, Profile, Step};
 use emulated_card::pin::ReferenceData;
-use emulated_card::state::{CardId, StateDirectory};
+use emulated_card::slot::assign;
 use vscard_protocol::{Command, StatusWord};
 
-use common::{Store, VERIFY, card, card_with, certificates, noise, pki_aid, select, send};
-
-#[test]
-fn scenarios() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
-    let mut files: Vec<_> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    assert!(!files.is_empty());
-    for file in files {
-        play(&file);
-    }
-}
-
-fn play(file: &Path) {
-    let text = std::fs::read_to_string(file).unwrap();
-    let mut card = new_card("");
-    let mut step = "";
-    let mut response: Option<Vec<u8>> = None;
-    for (number, line) in text.lines().enumerate() {
-        let place = || format!("{}:{}: {step}", file.display(), number + 1);
-        let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
-        match kind {
-            "" | "#" => {}
-            "card" => card = new_card(rest),
-            "step" => step = rest,
-            "!" if rest == "reset" => card.reset(),
-            "!" if rest == "logout" => card.logout(),
-            ">" => {
-                assert!(response.is_none(), "{}: the response before this command is not looked at", place());
-                let bytes: Vec<u8> = tokens(rest)
-                    .into_iter()
-                    .map(|token| match token {
-                        Token::Byte(byte) => byte,
-                        _ => panic!("{}: a command has no wildcards", place()),
-                    })
-                    .collect();
-                response = Some(send(&mut card, &bytes).as_bytes().to_vec());
-            }
-            "<" => {
-                let response = response.take().unwrap_or_else(|| panic!("{}: no command", place()));
-                assert!(
-                    matches(&tokens(rest), &response),
-                    "{}: expected {rest}, not {response:02X?}",
-                    place()
-                );
-            }
-            _ => panic!("{}: what is {kind:?}?", place()),
-        }
-    }
-    assert!(response.is_none(), "{}: the last response is not looked at", file.display());
-}
-
-fn new_card(settings: &str) -> EmulatedCard {
-    let (mut count, mut bits, mut reference) = (2, 1024, ReferenceData::in_memory(3));
-    let (mut unlock_error, mut key_error) = (None, None);
-    for setting in settings.split_whitespace() {
-        let (name, value) = setting.split_once('=').unwrap();
-        match (name, value) {
-            ("certificates", _) => count = value.parse().unwrap(),
-            ("bits", _) => bits = value.parse().unwrap(),
-            ("state", "unusable") => {
-                let nowhere = StateDirectory::at("/dev/null/nowhere");
-                reference = ReferenceData::of_database(&nowhere, "/nowhere".as_ref(), 3);
-            }
-            ("unlock", "locked") => unlock_error = Some(UnlockError::Locked),
-            ("unlock", "broken") => unlock_error = Some(UnlockError::NotChecked("broken".into())),
-            ("key", "broken") => key_error = Some(KeyError::Failed("broken".into())),
-            ("key", "logged-out") => key_error = Some(KeyError::LoggedOut),
-            ("key", "unfit") => key_error = Some(KeyError::Block),
-            _ => panic!("what is {setting:?}?"),
-        }
-    }
-    let mut store = Store::new(count, bits);
-    store.unlock_error = unlock_error;
-    store.key_error = key_error;
-    card_with(store, reference)
-}
-
-#[derive(Clone)]
-enum Token {
-    Byte(u8),
-    AnyByte,
-    Any,
-}
-
-fn tokens(text: &str) -> Vec<Token> {
-    let byte = |text: &str| Token::Byte(u8::from_str_radix(text, 16).unwrap());
-    let mut tokens = Vec::new();
-    for word in text.split_whitespace() {
-        match word.split_once('*') {
-            Some(("", "")) => tokens.push(Token::Any),
-            Some((repeated, times)) => {
-                tokens.extend(std::iter::repeat_n(byte(repeated), times.parse().unwrap()));
-            }
-            None => tokens.extend((0..word.len()).step_by(2).map(|at| match &word[at..at + 2] {
-                "??" => Token::AnyByte,
-                text => byte(text),
-            })),
-        }
-    }
-    tokens
-}
-
-fn matches(pattern: &[Token], bytes: &[u8]) -> bool {
-    match (pattern, bytes) {
-        ([], bytes) => bytes.is_empty(),
-        ([Token::Any, pattern @ ..], bytes) => {
-            (0..=bytes.len()).any(|skipped| matches(pattern, &bytes[skipped..]))
-        }
-        ([Token::AnyByte, pattern @ ..], [_, bytes @ ..]) => matches(pattern, bytes),
-        ([Token::Byte(wanted), pattern @ ..], [byte, bytes @ ..]) => {
-            wanted == byte && matches(pattern, bytes)
-        }
-        _ => false,
-    }
-}
+use common::{
+    Store, VERIFY, card, card_with, certificates, noise, piv_card, pki_aid, select, send, try_card,
+};
 
 /// Reads a whole buffer, `chunk` bytes at a time, as middleware does: the length, then the content.
 fn read_buffer(card: &mut EmulatedCard, which: u8, chunk: u8) -> Vec<u8> {
@@ -223,16 +94,8 @@ fn the_capability_container_names_each_certificate() {
 
 #[test]
 fn no_two_cards_have_the_same_serial_number() {
-    let serials = |name: &str| {
-        let store = Store::new(1, 2048);
-        let id = CardId::derive(&certificates(1, 2048), name);
-        let mut card = EmulatedCard::new(
-            std::sync::Arc::new(store),
-            std::sync::Arc::new(ReferenceData::in_memory(3)),
-            id,
-            Box::new(|_| {}),
-        )
-        .unwrap();
+    let serials = |count| {
+        let mut card = card(count, 2048);
         send(&mut card, &select(&[0xA0, 0x00, 0x00, 0x01, 0x16, 0xDB, 0x00]));
         let token = items(&mut card, 255)[0].1[7..].to_vec();
         send(&mut card, &select(&[0xA0, 0x00, 0x00, 0x00, 0x03, 0x00, 0x00]));
@@ -240,25 +103,42 @@ fn no_two_cards_have_the_same_serial_number() {
         assert_eq!((cplc.len(), token.len()), (45, 14));
         (token, cplc)
     };
-    assert_eq!(serials("a"), serials("a"));
-    assert_ne!(serials("a").0, serials("b").0);
-    assert_ne!(serials("a").1, serials("b").1);
+    assert_eq!(serials(1), serials(1));
+    assert_ne!(serials(1).0, serials(2).0);
+    assert_ne!(serials(1).1, serials(2).1);
 }
 
 #[test]
 fn stores_a_card_cannot_hold() {
     let build = |certificates| {
         let store = Store::of(certificates);
-        let id = CardId::derive(&[], "");
-        let reference = ReferenceData::in_memory(3);
-        EmulatedCard::new(std::sync::Arc::new(store), std::sync::Arc::new(reference), id, Box::new(|_| {}))
-            .map(|_| ())
+        let slots = assign(emulated_card::keys::KeyStore::certificates(&store), &[]).unwrap();
+        try_card(store, ReferenceData::in_memory(3), Profile::Cac, slots).map(|_| ())
     };
     assert_eq!(build(vec![]), Err(CardBuildError::NoCertificates));
-    assert_eq!(build(certificates(11, 2048)), Err(CardBuildError::TooManyCertificates { count: 11 }));
+    let too_many = CardBuildError::TooManyCertificates { count: 11, limit: 10 };
+    assert_eq!(build(certificates(11, 2048)), Err(too_many));
     let mut long = certificates(2, 2048);
     long[1].der = noise(70_000, 9);
     assert_eq!(build(long), Err(CardBuildError::Certificate { name: "certificate 1".into() }));
+    assert_eq!(build(common::keys("9a:p256,9c:p384").1), Err(CardBuildError::NoRsa));
+}
+
+#[test]
+fn containers_are_rsa_keys_in_the_order_of_their_slots() {
+    // The store marks results with the index of the key.
+    for profile in [Profile::Cac, Profile::Dual] {
+        let keys = "9e:1024,9d:1024,9a:p256,82:1024,9c:1024";
+        let mut card = piv_card(profile, keys, ReferenceData::in_memory(3));
+        send(&mut card, &select(&pki_aid(0)));
+        send(&mut card, VERIFY);
+        for (container, index) in [4, 1, 0, 3].into_iter().enumerate() {
+            assert_eq!(send(&mut card, &select(&pki_aid(container as u8))).status(), StatusWord::SUCCESS);
+            let sign = [&[0x00, 0x42, 0x00, 0x00, 0x80][..], &[0; 128], &[0x00]].concat();
+            assert_eq!(send(&mut card, &sign).data()[0], index);
+        }
+        assert_eq!(send(&mut card, &select(&pki_aid(4))).status(), StatusWord::NOT_FOUND);
+    }
 }
 
 #[test]

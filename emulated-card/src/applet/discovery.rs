@@ -27,7 +27,7 @@ impl Applet for DataObjects {
         self.fci.clone()
     }
 
-    fn command(&self, command: &Command, _: Session) -> Outcome {
+    fn command(&self, command: &Command, _: Session<'_>) -> Outcome {
         match command.ins() {
             ins::GET_DATA if !command.data().is_empty() => StatusWord::WRONG_LENGTH.into(),
             ins::GET_DATA => match self.objects.iter().find(|(tag, _)| *tag == command.p1p2()) {

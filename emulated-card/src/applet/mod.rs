@@ -6,9 +6,11 @@
 
 pub(crate) mod cac;
 mod discovery;
+pub(crate) mod piv;
 
 use vscard_protocol::{Command, Secret, StatusWord};
 
+use crate::card::{KeyWork, Random, Work};
 use crate::tlv;
 
 /// One card application.
@@ -16,19 +18,31 @@ pub(crate) trait Applet: Send {
     /// Whether SELECT with this application identifier means this applet.
     fn answers_to(&self, aid: &[u8]) -> bool;
 
-    /// File control information that SELECT returns (ISO/IEC 7816-4:2005 §5.3.3).
+    /// What SELECT returns: file control information (ISO/IEC 7816-4:2005 §5.3.3), or what the application has instead.
     fn fci(&self) -> Vec<u8>;
 
-    /// A command that is not the card's own (SELECT by identifier, VERIFY, GET CHALLENGE, GET RESPONSE).
-    fn command(&self, command: &Command, session: Session) -> Outcome;
+    /// Longest command data that may come in a chain (ISO/IEC 7816-4:2005 §5.1.1.1) for an instruction; 0 where
+    /// there is no chaining.
+    fn chain_limit(&self, ins: u8) -> usize {
+        let _ = ins;
+        0
+    }
+
+    /// A command that is not the card's own (SELECT by identifier, GET CHALLENGE, GET RESPONSE; on a card that is a
+    /// CAC, also what concerns its PIN). Chains arrive as one command.
+    fn command(&self, command: &Command, session: Session<'_>) -> Outcome;
 }
 
 /// What the card remembers for the applet that is selected.
-pub(crate) struct Session {
+pub(crate) struct Session<'a> {
     /// Whether private keys may be used.
     pub(crate) verified: bool,
+    /// Whether the PIN was verified and no key that asks for it each time was used since.
+    pub(crate) fresh: &'a mut bool,
     /// What the command before this one left with [`Outcome::Gather`].
     pub(crate) gathered: Secret,
+    /// Where challenges come from.
+    pub(crate) random: &'a mut Random,
 }
 
 /// What a command leads to.
@@ -39,13 +53,10 @@ pub(crate) enum Outcome {
     Data(Secret),
     /// 9000; the next command gets this in [`Session::gathered`]. Any other outcome drops what was gathered.
     Gather(Secret),
-    /// The raw RSA operation with that key; its result is the response data.
-    RsaRaw {
-        /// Index in [`KeyStore::certificates`](crate::keys::KeyStore::certificates).
-        key: usize,
-        /// One block, as long as the modulus.
-        block: Secret,
-    },
+    /// 9000; the verified PIN is forgotten.
+    LogOut,
+    /// What blocks.
+    Work(Work),
 }
 
 impl From<StatusWord> for Outcome {
@@ -58,6 +69,34 @@ impl From<Vec<u8>> for Outcome {
     fn from(data: Vec<u8>) -> Self {
         Self::Data(Secret::new(data))
     }
+}
+
+impl From<Work> for Outcome {
+    fn from(work: Work) -> Self {
+        Self::Work(work)
+    }
+}
+
+impl From<KeyWork> for Outcome {
+    fn from(work: KeyWork) -> Self {
+        Self::Work(Work::Key(work))
+    }
+}
+
+/// Length of a PIN or PUK in a command.
+const PIN_FIELD: usize = 8;
+
+/// A PIN without what fills it up (FF); `None` for what cannot be a PIN.
+fn unpadded(field: &[u8]) -> Option<Secret> {
+    let padding = field.iter().rev().take_while(|byte| **byte == 0xFF).count();
+    let pin = &field[..field.len() - padding];
+    (!pin.is_empty() && !pin.contains(&0)).then(|| Secret::from(pin))
+}
+
+/// Two PINs in a row, the second of them new; `None` where either cannot be one.
+fn unpadded_pair(body: &[u8]) -> Option<(Secret, Secret)> {
+    let (old, new) = body.split_at_checked(PIN_FIELD)?;
+    Some((unpadded(old)?, unpadded(new)?))
 }
 
 /// An FCI template with the application identifier and proprietary data (ISO/IEC 7816-4:2005 §5.3.3, tags 6F, 84, A5).

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
-use emulated_card::card::{EmulatedCard, Step};
-use emulated_card::keys::{Certificate, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
+use emulated_card::card::{CardBuildError, CardOptions, EmulatedCard, Profile, Step};
+use emulated_card::keys::{Certificate, Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use emulated_card::pin::ReferenceData;
+use emulated_card::slot::{PivSlot, assign};
 use emulated_card::state::CardId;
 use vscard_protocol::{Command, Response, Secret};
 
@@ -57,7 +58,8 @@ impl Gate {
     }
 }
 
-/// A store whose raw operation reverses the block.
+/// A store whose raw operation reverses the block; a signature is the digest reversed, twice, and a shared secret the
+/// beginning of the point reversed. The first byte of what was reversed is changed by the key's index.
 pub(crate) struct Store {
     certificates: Vec<Certificate>,
     pub(crate) seen: Arc<Seen>,
@@ -70,6 +72,7 @@ pub(crate) struct Store {
 }
 
 struct Login {
+    kinds: Vec<KeyKind>,
     seen: Arc<Seen>,
     key_error: Option<KeyError>,
     gate: Option<Arc<Gate>>,
@@ -88,15 +91,33 @@ pub(crate) fn noise(length: usize, seed: u32) -> Vec<u8> {
     (0..length).map(|_| next()).collect()
 }
 
+pub(crate) fn certificate(index: usize, kind: KeyKind) -> Certificate {
+    Certificate {
+        name: format!("certificate {index}"),
+        der: noise(600, index as u32 + 1),
+        public_key: vec![index as u8; 4],
+        kind,
+    }
+}
+
 pub(crate) fn certificates(count: usize, bits: usize) -> Vec<Certificate> {
-    (0..count)
-        .map(|index| Certificate {
-            name: format!("certificate {index}"),
-            der: noise(600, index as u32 + 1),
-            public_key: vec![index as u8; 4],
-            kind: KeyKind::Rsa { bits },
-        })
-        .collect()
+    (0..count).map(|index| certificate(index, KeyKind::Rsa { bits })).collect()
+}
+
+/// `9a:2048,9c:p256` and the like: slots, and certificates that go there.
+pub(crate) fn keys(text: &str) -> (Vec<(PivSlot, usize)>, Vec<Certificate>) {
+    let (mut slots, mut certificates) = (Vec::new(), Vec::new());
+    for (index, key) in text.split(',').enumerate() {
+        let (slot, kind) = key.split_once(':').unwrap();
+        let kind = match kind {
+            "p256" => KeyKind::Ec(Curve::P256),
+            "p384" => KeyKind::Ec(Curve::P384),
+            bits => KeyKind::Rsa { bits: bits.parse().unwrap() },
+        };
+        slots.push((slot.parse().unwrap(), index));
+        certificates.push(certificate(index, kind));
+    }
+    (slots, certificates)
 }
 
 impl Store {
@@ -135,6 +156,7 @@ impl KeyStore for Store {
             None if secret.expose() == PIN => {
                 self.seen.logins.fetch_add(1, Ordering::SeqCst);
                 Ok(Box::new(Login {
+                    kinds: self.certificates.iter().map(|certificate| certificate.kind).collect(),
                     seen: Arc::clone(&self.seen),
                     key_error: self.key_error.clone(),
                     gate: self.operation_gate.clone(),
@@ -169,11 +191,14 @@ impl Unlocked for Login {
     }
 
     fn ecdsa(&self, index: usize, digest: &[u8]) -> Result<Vec<u8>, KeyError> {
-        self.operate(index, digest).map(|result| [result.expose(), result.expose()].concat())
+        let number = self.operate(index, digest)?;
+        let padding = vec![0; self.kinds[index].block_len() - number.len()];
+        Ok([&padding, number.expose(), &padding, number.expose()].concat())
     }
 
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
-        self.operate(index, point)
+        let result = self.operate(index, point)?;
+        Ok(Secret::from(&result.expose()[..self.kinds[index].block_len()]))
     }
 }
 
@@ -186,7 +211,12 @@ impl Drop for Login {
     }
 }
 
-pub(crate) fn card_with(store: Store, reference: ReferenceData) -> EmulatedCard {
+pub(crate) fn try_card(
+    store: Store,
+    reference: ReferenceData,
+    profile: Profile,
+    slots: Vec<(PivSlot, usize)>,
+) -> Result<EmulatedCard, CardBuildError> {
     let id = CardId::derive(store.certificates(), "test");
     let mut counter = 0_u8;
     let random = move |bytes: &mut [u8]| {
@@ -195,7 +225,20 @@ pub(crate) fn card_with(store: Store, reference: ReferenceData) -> EmulatedCard 
             counter
         });
     };
-    EmulatedCard::new(Arc::new(store), Arc::new(reference), id, Box::new(random)).unwrap()
+    let options = CardOptions { profile, slots };
+    EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, Box::new(random))
+}
+
+/// A CAC with all of the store's certificates.
+pub(crate) fn card_with(store: Store, reference: ReferenceData) -> EmulatedCard {
+    let slots = assign(store.certificates(), &[]).unwrap();
+    try_card(store, reference, Profile::Cac, slots).unwrap()
+}
+
+/// A card with keys as in [`keys`].
+pub(crate) fn piv_card(profile: Profile, text: &str, reference: ReferenceData) -> EmulatedCard {
+    let (slots, certificates) = keys(text);
+    try_card(Store::of(certificates), reference, profile, slots).unwrap()
 }
 
 pub(crate) fn card(count: usize, bits: usize) -> EmulatedCard {
@@ -222,3 +265,7 @@ pub(crate) fn select(aid: &[u8]) -> Vec<u8> {
 pub(crate) fn pki_aid(index: u8) -> [u8; 7] {
     [0xA0, 0x00, 0x00, 0x00, 0x79, 0x01, index]
 }
+
+/// SELECT of the PIV application, without an answer.
+pub(crate) const SELECT_PIV: &[u8] = b"\x00\xA4\x04\x0C\x09\xA0\x00\x00\x03\x08\x00\x00\x10\x00";
+pub(crate) const VERIFY_PIV: &[u8] = b"\x00\x20\x00\x80\x08123456\xFF\xFF";

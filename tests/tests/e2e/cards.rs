@@ -4,10 +4,11 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use emulated_card::card::{EmulatedCard, Step};
+use emulated_card::card::{CardOptions, EmulatedCard, Profile, Step};
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::nss::NssDatabase;
 use emulated_card::pin::{DEFAULT_TRIES, ReferenceData};
+use emulated_card::slot::assign;
 use emulated_card::state::{CardId, StateDirectory, StateError};
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::guest::{Boot, Guest};
@@ -96,7 +97,8 @@ fn two_cards_in_one_process() -> Result<()> {
         let claim = directory.claim(store.path(), &id)?;
         let reference = ReferenceData::of_database(&directory, store.path(), DEFAULT_TRIES);
         let random = Box::new(|bytes: &mut [u8]| bytes.fill(7));
-        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id.clone(), random)?;
+        let options = CardOptions { profile: Profile::Cac, slots: assign(store.certificates(), &[])? };
+        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id.clone(), options, random)?;
         Ok((card, id, claim))
     };
     let (mut one, first, _claim) = make("one")?;

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use emulated_card::card::{EmulatedCard, Step};
+use emulated_card::card::{CardOptions, EmulatedCard, Profile, Step};
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::nss::NssDatabase;
 use emulated_card::pin::{DEFAULT_TRIES, ReferenceData};
+use emulated_card::slot::assign;
 use emulated_card::state::{CardId, StateDirectory};
 use rustix::process::Signal;
 use stack_tests::database::{Database, NAMES, PIN};
@@ -149,7 +150,8 @@ async fn a_peer_like_libcacards_vscclient() -> Result<()> {
     let state = StateDirectory::at(stack.state.path());
     let reference = ReferenceData::of_database(&state, store.path(), DEFAULT_TRIES);
     let random = Box::new(|bytes: &mut [u8]| bytes.fill(4));
-    let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, random)?;
+    let options = CardOptions { profile: Profile::Cac, slots: assign(store.certificates(), &[])? };
+    let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, random)?;
     let stream = UnixStream::connect(stack.place.path("card")).await?;
     let peer = tokio::spawn(libcacards_vscclient(stream, card));
     stack.guest.ok("guest-pcsc wait-card present 30").await?;

@@ -173,7 +173,7 @@ impl Applet for AccessControl {
         fci(&aid::CAC_ACA, &[])
     }
 
-    fn command(&self, command: &Command, _: Session) -> Outcome {
+    fn command(&self, command: &Command, _: Session<'_>) -> Outcome {
         match command.ins() {
             ins::GET_ACR => self.get_acr(command),
             ins::GET_PROPERTIES => get_properties(command, |form| {

@@ -10,7 +10,7 @@ use vscard_protocol::{Command, Secret, StatusWord};
 
 use super::{TAG_APPLET_INFORMATION, pki_aid, pki_id};
 use crate::applet::{Applet, Outcome, Session, fci};
-use crate::card::CardBuildError;
+use crate::card::{CardBuildError, KeyOperation, KeyWork};
 use crate::keys::{Certificate, KeyKind};
 use crate::state::CardId;
 use crate::tlv::{put_simple_header, simple};
@@ -61,10 +61,14 @@ impl Buffers {
     }
 }
 
-/// PKI container `index`.
+/// PKI container `container` with the certificate that is at `index` in the store.
 ///
 /// The certificate is a zlib stream: Debian 12's coolkey 1.1 drops the whole token when it meets a plain one.
-pub(super) fn pki(index: u8, certificate: &Certificate) -> Result<Container, CardBuildError> {
+pub(super) fn pki(
+    container: u8,
+    index: usize,
+    certificate: &Certificate,
+) -> Result<Container, CardBuildError> {
     let refused = || CardBuildError::Certificate { name: certificate.name.clone() };
     let mut encoder = ZlibEncoder::new(Vec::new(), Compression::best());
     let compressed =
@@ -78,8 +82,8 @@ pub(super) fn pki(index: u8, certificate: &Certificate) -> Result<Container, Car
         return Err(refused());
     }
     let (tags, values) = buffers.finish();
-    let key = Some(Key { index: index.into(), kind: certificate.kind });
-    Ok(Container { aid: pki_aid(index), object: pki_id(index), tags, values, key })
+    let key = Some(Key { index, kind: certificate.kind });
+    Ok(Container { aid: pki_aid(container), object: pki_id(container), tags, values, key })
 }
 
 /// The card capability container of a card with that many PKI containers.
@@ -120,7 +124,7 @@ impl Applet for Container {
         fci(&self.aid, &[])
     }
 
-    fn command(&self, command: &Command, session: Session) -> Outcome {
+    fn command(&self, command: &Command, session: Session<'_>) -> Outcome {
         match (command.ins(), &self.key) {
             (ins::SELECT, _) => self.select_object(command.data()).into(),
             (ins::GET_PROPERTIES, _) => get_properties(command, |form| self.properties(form)),
@@ -193,8 +197,8 @@ impl Container {
 
 impl Key {
     /// SIGN/DECRYPT: the block in pieces, P1 = 80 for all but the last.
-    fn sign_decrypt(&self, command: &Command, session: Session) -> Outcome {
-        let Session { verified, gathered: mut block } = session;
+    fn sign_decrypt(&self, command: &Command, session: Session<'_>) -> Outcome {
+        let Session { verified, gathered: mut block, .. } = session;
         let last = match command.p1p2() {
             0x8000 => false,
             0x0000 => true,
@@ -209,7 +213,11 @@ impl Key {
             return StatusWord::WRONG_LENGTH.into();
         }
         block.extend(command.data());
-        if last { Outcome::RsaRaw { key: self.index, block } } else { Outcome::Gather(block) }
+        if !last {
+            return Outcome::Gather(block);
+        }
+        let (key, operation) = (self.index, KeyOperation::RsaRaw);
+        KeyWork { key, operation, input: block, needs_pin: true, reply: |result| result }.into()
     }
 }
 
@@ -225,8 +233,7 @@ pub(super) fn long_properties() -> [(u8, Vec<u8>); 2] {
     [(0x39, simple(0x39, [0x00])), (0x3A, simple(0x3A, aid::CAC_ACA))]
 }
 
-/// GET PROPERTIES: all (P1 = 01), those whose tags are in the body (02), or the long form (40)
-///.
+/// GET PROPERTIES: all (P1 = 01), those whose tags are in the body (02), or the long form (40).
 pub(super) fn get_properties(command: &Command, properties: impl Fn(Form) -> Vec<(u8, Vec<u8>)>) -> Outcome {
     let wanted = command.data();
     let data = match (command.p1p2(), wanted) {

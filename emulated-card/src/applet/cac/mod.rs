@@ -14,12 +14,14 @@
 
 mod access;
 mod container;
+pub(crate) mod reference;
 
 use vscard_protocol::apdu::aid;
 
 use super::{Applet, discovery};
 use crate::card::CardBuildError;
-use crate::keys::Certificate;
+use crate::keys::{Certificate, KeyKind};
+use crate::slot::PivSlot;
 use crate::state::CardId;
 
 /// PKI containers a card can have (`A0 00 00 00 79 01 00` to `… 09`).
@@ -39,26 +41,50 @@ fn pki_aid(index: u8) -> [u8; 7] {
     [a, b, c, d, e, f, g]
 }
 
-/// All applets of a CAC with these certificates.
+/// Indices of the certificates that a CAC has, in the order of its containers: those with RSA keys, as the card edge
+/// knows no others (GSC-IS 2.1 table 5-6), in the order of the PIV slots, which is authentication, signature,
+/// encryption, each once.
+pub(crate) fn containers(certificates: &[Certificate], slots: &[(PivSlot, usize)]) -> Vec<usize> {
+    let mut slots = slots.to_vec();
+    slots.sort_unstable();
+    let mut containers = Vec::new();
+    for (_, index) in slots {
+        let rsa = certificates.get(index).is_some_and(|one| matches!(one.kind, KeyKind::Rsa { .. }));
+        if rsa && !containers.contains(&index) {
+            containers.push(index);
+        }
+    }
+    containers
+}
+
+/// All applets of a CAC with these certificates of the store in its containers, at most [`MAX_CERTIFICATES`].
 pub(crate) fn applets(
     certificates: &[Certificate],
+    containers: &[usize],
     id: &CardId,
 ) -> Result<Vec<Box<dyn Applet>>, CardBuildError> {
-    if certificates.is_empty() {
-        return Err(CardBuildError::NoCertificates);
-    }
-    let count = match u8::try_from(certificates.len()) {
-        Ok(count) if certificates.len() <= MAX_CERTIFICATES => count,
-        _ => return Err(CardBuildError::TooManyCertificates { count: certificates.len() }),
+    let count = match u8::try_from(containers.len()) {
+        Ok(count) if containers.len() <= MAX_CERTIFICATES => count,
+        _ => {
+            let (count, limit) = (containers.len(), MAX_CERTIFICATES);
+            return Err(CardBuildError::TooManyCertificates { count, limit });
+        }
     };
     let mut applets: Vec<Box<dyn Applet>> = vec![
         Box::new(container::card_capability(count, id)),
         Box::new(access::AccessControl::new(count)),
         Box::new(discovery::global_platform(id)),
-        Box::new(discovery::microsoft_plug_and_play()),
     ];
-    for (index, certificate) in (0..count).zip(certificates) {
-        applets.push(Box::new(container::pki(index, certificate)?));
+    for (container, index) in (0..count).zip(containers) {
+        if let Some(certificate) = certificates.get(*index) {
+            applets.push(Box::new(container::pki(container, *index, certificate)?));
+        }
     }
     Ok(applets)
+}
+
+/// The application in which a CAC tells Windows what it is. A card with the PIV application must not have it, as
+/// Windows then looks no further.
+pub(crate) fn plug_and_play() -> Box<dyn Applet> {
+    Box::new(discovery::microsoft_plug_and_play())
 }

@@ -1,0 +1,174 @@
+//! What blocks: PIN checks and private-key operations.
+
+use std::sync::Arc;
+
+use vscard_protocol::{Secret, StatusWord};
+
+use crate::keys::{KeyError, KeyStore, Unlocked};
+use crate::pin::{PinError, ReferenceData};
+
+/// What blocks: a PIN check or a key operation.
+#[must_use = "a job that is not run leaves the command unanswered"]
+pub struct Job {
+    pub(super) epoch: u64,
+    pub(super) login: Option<Box<dyn Unlocked>>,
+    pub(super) store: Arc<dyn KeyStore>,
+    pub(super) reference: Arc<ReferenceData>,
+    pub(super) work: Work,
+}
+
+/// A [`Job`] that was run. Dropping it logs out what it had logged in.
+#[must_use = "the command stays unanswered until the card has this"]
+pub struct Done {
+    pub(super) epoch: u64,
+    pub(super) login: Option<Box<dyn Unlocked>>,
+    /// Whether the PIN has just been verified.
+    pub(super) fresh: bool,
+    pub(super) result: Result<Secret, StatusWord>,
+}
+
+/// What a job does.
+pub(crate) enum Work {
+    /// How many tries the PIN has left.
+    TriesLeft,
+    /// Compares the PIN and logs in.
+    Verify(Secret),
+    /// Changes the PIN and logs in.
+    Change { old: Secret, new: Secret },
+    /// Changes the PUK.
+    ChangePuk { old: Secret, new: Secret },
+    /// Gives the PIN its tries back and another value.
+    Unblock { puk: Secret, new: Secret },
+    /// Uses a private key.
+    Key(KeyWork),
+}
+
+/// One use of a private key.
+pub(crate) struct KeyWork {
+    /// Index in [`KeyStore::certificates`].
+    pub(crate) key: usize,
+    pub(crate) operation: KeyOperation,
+    /// The block, digest or point.
+    pub(crate) input: Secret,
+    /// Whether it needs a verified PIN.
+    pub(crate) needs_pin: bool,
+    /// Makes response data of the result.
+    pub(crate) reply: fn(Secret) -> Secret,
+}
+
+/// See the methods of [`Unlocked`].
+#[derive(Clone, Copy)]
+pub(crate) enum KeyOperation {
+    RsaRaw,
+    Ecdsa,
+    Ecdh,
+}
+
+type Login = Option<Box<dyn Unlocked>>;
+
+impl Job {
+    /// Does the work, on the calling thread.
+    pub fn run(self) -> Done {
+        let Self { epoch, login, store, reference, work } = self;
+        let fresh = matches!(work, Work::Verify(_));
+        let (login, result) = match work {
+            Work::TriesLeft => {
+                let status = match reference.tries_left() {
+                    Ok(0) => StatusWord::AUTHENTICATION_BLOCKED,
+                    Ok(left) => StatusWord::tries_left(left),
+                    Err(error) => pin_status(&error),
+                };
+                (login, Err(status))
+            }
+            Work::Verify(pin) => {
+                // A store ends an earlier login when it is unlocked, so that one must be gone before.
+                drop(login);
+                logged_in(reference.verify(&pin, &*store))
+            }
+            Work::Change { old, new } => {
+                drop(login);
+                logged_in(reference.change(&old, &new, &*store))
+            }
+            Work::ChangePuk { old, new } => (login, empty(reference.change_puk(&old, &new))),
+            Work::Unblock { puk, new } => match reference.unblock(&puk, &new) {
+                // Who was logged in knew the PIN that is no more.
+                Ok(()) => (None, Ok(Secret::default())),
+                refused => (login, empty(refused)),
+            },
+            Work::Key(work) => work.run(login, &*store, &reference),
+        };
+        Done { epoch, fresh: fresh && login.is_some(), login, result }
+    }
+}
+
+impl KeyWork {
+    fn run(
+        self,
+        login: Login,
+        store: &dyn KeyStore,
+        reference: &ReferenceData,
+    ) -> (Login, Result<Secret, StatusWord>) {
+        if let Some(login) = login {
+            let (result, goes_on) = self.run_with(&*login);
+            return (goes_on.then_some(login), result);
+        }
+        if self.needs_pin {
+            return (None, Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED));
+        }
+        let result = match reference.without_pin(store) {
+            // For this one operation: the PIN is not verified by it.
+            Ok(login) => self.run_with(&*login).0,
+            // The store is behind the PIN itself, so here this key is, too.
+            Err(PinError::NotSupported) => Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED),
+            Err(error) => Err(pin_status(&error)),
+        };
+        (None, result)
+    }
+
+    /// The response data, and whether the login is still one.
+    fn run_with(&self, login: &dyn Unlocked) -> (Result<Secret, StatusWord>, bool) {
+        let input = self.input.expose();
+        let result = match self.operation {
+            KeyOperation::RsaRaw => login.rsa_raw(self.key, input),
+            KeyOperation::Ecdsa => login.ecdsa(self.key, input).map(Secret::new),
+            KeyOperation::Ecdh => login.ecdh(self.key, input),
+        };
+        match result {
+            Ok(result) => (Ok((self.reply)(result)), true),
+            Err(KeyError::Block) => (Err(StatusWord::INCORRECT_DATA), true),
+            Err(KeyError::LoggedOut) => (Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED), false),
+            Err(error @ KeyError::Failed(_)) => {
+                tracing::warn!(%error, "private key");
+                (Err(StatusWord::NO_DIAGNOSIS), true)
+            }
+        }
+    }
+}
+
+fn logged_in(result: Result<Box<dyn Unlocked>, PinError>) -> (Login, Result<Secret, StatusWord>) {
+    match result {
+        Ok(login) => (Some(login), Ok(Secret::default())),
+        Err(error) => (None, Err(pin_status(&error))),
+    }
+}
+
+fn empty(result: Result<(), PinError>) -> Result<Secret, StatusWord> {
+    result.map(|()| Secret::default()).map_err(|error| pin_status(&error))
+}
+
+fn pin_status(error: &PinError) -> StatusWord {
+    match error {
+        PinError::Wrong { left } => StatusWord::tries_left(*left),
+        PinError::Blocked => StatusWord::AUTHENTICATION_BLOCKED,
+        PinError::State(_) => {
+            tracing::warn!(%error, "PIN check");
+            StatusWord::MEMORY_FAILURE
+        }
+        PinError::NotChecked(_) => {
+            tracing::warn!(%error, "PIN check");
+            StatusWord::NO_DIAGNOSIS
+        }
+        PinError::NotSupported => StatusWord::CONDITIONS_NOT_SATISFIED,
+        PinError::Unfit(_) => StatusWord::INCORRECT_DATA,
+    }
+}

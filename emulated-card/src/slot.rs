@@ -1,0 +1,181 @@
+//! The places a PIV card has for keys, and which certificate goes where.
+
+mod usage;
+
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::keys::Certificate;
+pub(crate) use usage::common_name;
+use usage::{Purpose, purpose};
+
+/// A key reference of SP 800-73-4 Part 1 table 4b that a certificate belongs to, ordered as hosts list them: 9A, 9C, 9D,
+/// 9E, then the retired ones 82 to 95.
+///
+/// ```
+/// use emulated_card::slot::PivSlot;
+/// let slot: PivSlot = "9c".parse()?;
+/// assert_eq!((slot, slot.to_string()), (PivSlot::SIGNATURE, "9c".to_owned()));
+/// # Ok::<(), emulated_card::slot::SlotError>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PivSlot(u8);
+
+/// How many retired keys a card can have.
+const RETIRED: u8 = 20;
+
+impl PivSlot {
+    /// 9A, PIV authentication: the PIN once.
+    pub const AUTHENTICATION: Self = Self(0);
+    /// 9C, digital signature: the PIN before each use.
+    pub const SIGNATURE: Self = Self(1);
+    /// 9D, key management: the PIN once.
+    pub const KEY_MANAGEMENT: Self = Self(2);
+    /// 9E, card authentication: no PIN.
+    pub const CARD_AUTHENTICATION: Self = Self(3);
+
+    /// All there are, in order.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        (0..4 + RETIRED).map(Self)
+    }
+
+    /// The slot with that key reference.
+    pub(crate) fn of_reference(reference: u8) -> Option<Self> {
+        Self::all().find(|slot| slot.reference() == reference)
+    }
+
+    /// The key reference.
+    pub(crate) fn reference(self) -> u8 {
+        match self.0 {
+            0 => 0x9A,
+            position @ 1..=3 => 0x9B + position,
+            position => 0x82 + (position - 4),
+        }
+    }
+
+    /// Which retired key it is, counted from 1; `None` for the others.
+    pub(crate) fn retired(self) -> Option<u8> {
+        self.0.checked_sub(3).filter(|number| *number > 0)
+    }
+}
+
+impl fmt::Display for PivSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}", self.reference())
+    }
+}
+
+impl FromStr for PivSlot {
+    type Err = SlotError;
+
+    fn from_str(text: &str) -> Result<Self, SlotError> {
+        // Not from_str_radix alone, which takes a sign, too.
+        let hexadecimal = text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let reference = u8::from_str_radix(text, 16).ok().filter(|_| hexadecimal);
+        reference
+            .and_then(Self::of_reference)
+            .ok_or_else(|| SlotError::NoSuchSlot(text.chars().take(20).collect()))
+    }
+}
+
+/// Why certificates do not go into slots.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SlotError {
+    /// Not the name of a slot.
+    #[error("{0:?} is no PIV slot: 9a, 9c, 9d, 9e, or 82 to 95")]
+    NoSuchSlot(String),
+    /// A slot was asked for by two.
+    #[error("two certificates are to go into slot {0}")]
+    Taken(PivSlot),
+    /// No certificate has the name.
+    #[error("there is no certificate {name:?} to go into slot {slot}")]
+    NoSuchCertificate {
+        /// The slot it was named for.
+        slot: PivSlot,
+        /// The name.
+        name: String,
+    },
+    /// More certificates than slots.
+    #[error("{0} certificates are too many for the slots of a PIV card")]
+    Full(usize),
+}
+
+/// Gives each certificate a slot. The result is in the slots' order, with indices into `certificates`.
+///
+/// Those in `explicit` go where it says; a name that several certificates have means the first that has no slot yet,
+/// and one that none has any more means a certificate once again, in another slot.
+/// Of the others, those whose key usage and extended key usage name one purpose go first: card authentication to 9E,
+/// client authentication to 9A, non-repudiation or e-mail protection to 9C, encryption alone to 9D. Then come those
+/// that only sign (9A or 9C) and those for anything, or that do not say (9A, 9C, 9D), in the order given. Whoever finds
+/// no place becomes a retired key, 82 and up.
+///
+/// # Errors
+/// [`SlotError`].
+pub fn assign(
+    certificates: &[Certificate],
+    explicit: &[(PivSlot, String)],
+) -> Result<Vec<(PivSlot, usize)>, SlotError> {
+    let mut slots: Vec<(PivSlot, usize)> = Vec::new();
+    for (slot, name) in explicit {
+        if slots.iter().any(|(taken, _)| taken == slot) {
+            return Err(SlotError::Taken(*slot));
+        }
+        let named = |index: &usize| certificates[*index].name == *name;
+        let unplaced = |index: &usize| slots.iter().all(|(_, placed)| placed != index);
+        let index = (0..certificates.len())
+            .find(|index| named(index) && unplaced(index))
+            .or_else(|| (0..certificates.len()).find(named))
+            .ok_or_else(|| SlotError::NoSuchCertificate { slot: *slot, name: name.clone() })?;
+        slots.push((*slot, index));
+    }
+    let mut rest: Vec<_> = (0..certificates.len())
+        .filter(|index| slots.iter().all(|(_, placed)| placed != index))
+        .map(|index| (index, purpose(&certificates[index].der)))
+        .collect();
+    // Stable, so that the order given decides among equals.
+    rest.sort_by_key(|(_, purpose)| matches!(purpose, Purpose::Sign | Purpose::Any));
+    for (index, purpose) in rest {
+        let wanted: &[PivSlot] = match purpose {
+            Purpose::CardAuthentication => &[PivSlot::CARD_AUTHENTICATION],
+            Purpose::Authenticate => &[PivSlot::AUTHENTICATION],
+            Purpose::Commit => &[PivSlot::SIGNATURE],
+            Purpose::Encrypt => &[PivSlot::KEY_MANAGEMENT],
+            Purpose::Sign => &[PivSlot::AUTHENTICATION, PivSlot::SIGNATURE],
+            Purpose::Any => &[PivSlot::AUTHENTICATION, PivSlot::SIGNATURE, PivSlot::KEY_MANAGEMENT],
+        };
+        let slot = wanted
+            .iter()
+            .copied()
+            .chain(PivSlot::all().filter(|slot| slot.retired().is_some()))
+            .find(|slot| slots.iter().all(|(taken, _)| taken != slot))
+            .ok_or(SlotError::Full(certificates.len()))?;
+        slots.push((slot, index));
+    }
+    slots.sort_unstable();
+    Ok(slots)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_slots() {
+        let names: Vec<_> = PivSlot::all().map(|slot| slot.to_string()).collect();
+        assert_eq!(names[..6], ["9a", "9c", "9d", "9e", "82", "83"]);
+        assert_eq!((names.len(), names[23].as_str()), (24, "95"));
+        for slot in PivSlot::all() {
+            assert_eq!(slot.to_string().parse(), Ok(slot));
+            assert_eq!(slot.to_string().to_uppercase().parse(), Ok(slot));
+            assert_eq!(PivSlot::of_reference(slot.reference()), Some(slot));
+        }
+        for bad in ["", "9", "9b", "81", "96", "+9", "9a ", "09a", "0x9a", "ä"] {
+            assert_eq!(bad.parse::<PivSlot>(), Err(SlotError::NoSuchSlot(bad.into())));
+        }
+        assert_eq!(PivSlot::CARD_AUTHENTICATION.retired(), None);
+        assert_eq!("82".parse::<PivSlot>().map(PivSlot::retired), Ok(Some(1)));
+        assert_eq!("95".parse::<PivSlot>().map(PivSlot::retired), Ok(Some(20)));
+    }
+}

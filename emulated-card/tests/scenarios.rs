@@ -1,0 +1,153 @@
+//! Cards, command by command: scenario files.
+//!
+//! A scenario is a text file of lines:
+//!
+//! | line | meaning |
+//! |---|---|
+//! | `card certificates=1 …` | a new card; the settings are in `new_card` |
+//! | `step …` | names what follows |
+//! | `> 00 A4 …` | a command, in hexadecimal |
+//! | `< ?? * 9000` | the response: `??` is any byte, `*` any number of them |
+//! | `! reset`, `! logout` | what is done to the card from outside |
+//! | `# …` | a comment |
+//!
+//! In both, `FF*30` stands for thirty times that byte.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
+mod common;
+
+use std::path::Path;
+
+use emulated_card::card::{EmulatedCard, Profile};
+use emulated_card::keys::{KeyError, UnlockError};
+use emulated_card::pin::ReferenceData;
+use emulated_card::slot::assign;
+use emulated_card::state::StateDirectory;
+use vscard_protocol::Secret;
+
+use common::{PIN, Store, certificates, keys, send, try_card};
+
+#[test]
+fn scenarios() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+    let mut files: Vec<_> =
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert!(!files.is_empty());
+    let mut failures = Vec::new();
+    for file in files {
+        play(&file, &mut failures);
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+fn play(file: &Path, failures: &mut Vec<String>) {
+    let text = std::fs::read_to_string(file).unwrap();
+    let mut card = new_card("");
+    let mut step = "";
+    let mut response: Option<Vec<u8>> = None;
+    for (number, line) in text.lines().enumerate() {
+        let place = || format!("{}:{}: {step}", file.display(), number + 1);
+        let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match kind {
+            "" | "#" => {}
+            "card" => card = new_card(rest),
+            "step" => step = rest,
+            "!" if rest == "reset" => card.reset(),
+            "!" if rest == "logout" => card.logout(),
+            ">" => {
+                assert!(response.is_none(), "{}: the response before this command is not looked at", place());
+                let bytes: Vec<u8> = tokens(rest)
+                    .into_iter()
+                    .map(|token| match token {
+                        Token::Byte(byte) => byte,
+                        _ => panic!("{}: a command has no wildcards", place()),
+                    })
+                    .collect();
+                response = Some(send(&mut card, &bytes).as_bytes().to_vec());
+            }
+            "<" => {
+                let response = response.take().unwrap_or_else(|| panic!("{}: no command", place()));
+                if !matches(&tokens(rest), &response) {
+                    failures.push(format!("{}: expected {rest}, not {response:02X?}", place()));
+                }
+            }
+            _ => panic!("{}: what is {kind:?}?", place()),
+        }
+    }
+    assert!(response.is_none(), "{}: the last response is not looked at", file.display());
+}
+
+fn new_card(settings: &str) -> EmulatedCard {
+    let (mut count, mut bits, mut reference) = (2, 1024, ReferenceData::in_memory(3));
+    let (mut profile, mut piv_keys) = (Profile::Cac, None);
+    let (mut unlock_error, mut key_error) = (None, None);
+    for setting in settings.split_whitespace() {
+        let (name, value) = setting.split_once('=').unwrap();
+        match (name, value) {
+            ("certificates", _) => count = value.parse().unwrap(),
+            ("bits", _) => bits = value.parse().unwrap(),
+            ("profile", _) => profile = value.parse().unwrap(),
+            ("keys", _) => piv_keys = Some(keys(value)),
+            ("pin", "any") => reference = ReferenceData::any(Secret::from(PIN)),
+            ("state", "unusable") => {
+                let nowhere = StateDirectory::at("/dev/null/nowhere");
+                reference = ReferenceData::of_database(&nowhere, "/nowhere".as_ref(), 3);
+            }
+            ("unlock", "locked") => unlock_error = Some(UnlockError::Locked),
+            ("unlock", "broken") => unlock_error = Some(UnlockError::NotChecked("broken".into())),
+            ("key", "broken") => key_error = Some(KeyError::Failed("broken".into())),
+            ("key", "logged-out") => key_error = Some(KeyError::LoggedOut),
+            ("key", "unfit") => key_error = Some(KeyError::Block),
+            _ => panic!("what is {setting:?}?"),
+        }
+    }
+    let (slots, certificates) = piv_keys.unwrap_or_else(|| {
+        let certificates = certificates(count, bits);
+        (assign(&certificates, &[]).unwrap(), certificates)
+    });
+    let mut store = Store::of(certificates);
+    store.unlock_error = unlock_error;
+    store.key_error = key_error;
+    try_card(store, reference, profile, slots).unwrap()
+}
+
+#[derive(Clone)]
+enum Token {
+    Byte(u8),
+    AnyByte,
+    Any,
+}
+
+fn tokens(text: &str) -> Vec<Token> {
+    let byte = |text: &str| Token::Byte(u8::from_str_radix(text, 16).unwrap());
+    let mut tokens = Vec::new();
+    for word in text.split_whitespace() {
+        match word.split_once('*') {
+            Some(("", "")) => tokens.push(Token::Any),
+            Some((repeated, times)) => {
+                tokens.extend(std::iter::repeat_n(byte(repeated), times.parse().unwrap()));
+            }
+            None => tokens.extend((0..word.len()).step_by(2).map(|at| match &word[at..at + 2] {
+                "??" => Token::AnyByte,
+                text => byte(text),
+            })),
+        }
+    }
+    tokens
+}
+
+fn matches(pattern: &[Token], bytes: &[u8]) -> bool {
+    match (pattern, bytes) {
+        ([], bytes) => bytes.is_empty(),
+        ([Token::Any, pattern @ ..], bytes) => {
+            (0..=bytes.len()).any(|skipped| matches(pattern, &bytes[skipped..]))
+        }
+        ([Token::AnyByte, pattern @ ..], [_, bytes @ ..]) => matches(pattern, bytes),
+        ([Token::Byte(wanted), pattern @ ..], [byte, bytes @ ..]) => {
+            wanted == byte && matches(pattern, bytes)
+        }
+        _ => false,
+    }
+}
