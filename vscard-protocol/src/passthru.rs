@@ -26,13 +26,11 @@ use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
 use crate::card::PresenceWatch;
-use crate::chardev::{Channel, ChannelError, Stream};
+use crate::chardev::{Channel, ChannelError, Stream, Wire};
 use crate::host::{Failure, Host, Input, Output, Token};
 use crate::message::Extension;
-use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Response, Secret, StatusWord};
+use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Response, StatusWord};
 
-/// First and longest wait before connecting again, for endpoints that connect.
-const DELAYS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// For a second client to hear that it is one.
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a client that does not read.
@@ -156,10 +154,9 @@ impl Waiting {
 impl Server {
     async fn run(mut self, mut channel: Channel) -> Result<(), ChannelError> {
         let listening = channel.endpoint().is_listening();
-        let mut delay = DELAYS.0;
         loop {
             let stream = tokio::select! {
-                stream = channel.stream() => stream,
+                stream = channel.stream() => stream?,
                 ask = self.asked.recv() => match ask {
                     Some(ask) => {
                         refuse(ask);
@@ -168,31 +165,19 @@ impl Server {
                     None => return Ok(()),
                 },
             };
-            match stream {
-                Ok(stream) => {
-                    delay = DELAYS.0;
-                    tracing::info!("{}: client connected", channel.endpoint());
-                    let why = self.serve(stream, listening.then_some(&mut channel)).await;
-                    tracing::info!("{}: client gone: {why}", channel.endpoint());
-                    self.shown.send_replace(Presence::Absent);
-                }
-                Err(error) if !error.is_transient() => return Err(error),
-                Err(error) => tracing::debug!("{error}"),
-            }
-            if !listening {
-                tokio::time::sleep(delay).await;
-                delay = (delay * 2).min(DELAYS.1);
-            }
+            tracing::info!("{}: client connected", channel.endpoint());
+            let mut wire = Wire::new(stream);
+            let why = self.serve(&mut wire, listening.then_some(&mut channel)).await;
+            tracing::info!("{}: client gone: {why}", channel.endpoint());
+            self.shown.send_replace(Presence::Absent);
+            wire.finish().await;
         }
     }
 
     /// Until the client is gone; says why.
-    async fn serve(&mut self, stream: Stream, mut others: Option<&mut Channel>) -> String {
-        let (mut reader, mut writer) = tokio::io::split(stream);
+    async fn serve(&mut self, wire: &mut Wire, mut others: Option<&mut Channel>) -> String {
         let mut host = Host::new(self.deadline);
         let mut input = Zeroizing::new(vec![0; 64 * 1024]);
-        let mut unsent: VecDeque<Secret> = VecDeque::new();
-        let mut written = 0;
         let mut waiting: Option<(Token, Waiting)> = None;
         let mut queue: VecDeque<Ask> = VecDeque::new();
         let mut tokens = 0;
@@ -215,12 +200,11 @@ impl Server {
                     }
                     ask => refuse(ask),
                 }
-                if let Some(why) = self.work_off(&mut host, &mut unsent, &mut waiting) {
-                    return flush(&mut writer, unsent, written, why).await;
+                if let Some(why) = self.work_off(&mut host, wire, &mut waiting) {
+                    return why;
                 }
             }
-            let bytes: usize = unsent.iter().map(Secret::len).sum();
-            if bytes > MOST_UNSENT {
+            if wire.unsent() > MOST_UNSENT {
                 return "it does not read".into();
             }
             let deadline = host.next_deadline();
@@ -236,21 +220,10 @@ impl Server {
                     None => std::future::pending().await,
                 }
             };
-            let first = unsent.front().map(|bytes| &bytes.expose()[written..]);
             tokio::select! {
-                read = reader.read(&mut input[..]) => match read {
+                read = wire.read(&mut input[..]) => match read {
                     Ok(0) => return "it closed the connection".into(),
                     Ok(count) => host.handle(Input::Received(&input[..count]), Instant::now()),
-                    Err(error) => return error.to_string(),
-                },
-                sent = writer.write(first.unwrap_or_default()), if first.is_some() => match sent {
-                    Ok(count) => {
-                        written += count;
-                        if unsent.front().is_some_and(|bytes| written >= bytes.len()) {
-                            unsent.pop_front();
-                            written = 0;
-                        }
-                    }
                     Err(error) => return error.to_string(),
                 },
                 ask = self.asked.recv() => match ask {
@@ -278,8 +251,8 @@ impl Server {
                 },
                 () = due => host.handle_deadline(Instant::now()),
             }
-            if let Some(why) = self.work_off(&mut host, &mut unsent, &mut waiting) {
-                return flush(&mut writer, unsent, written, why).await;
+            if let Some(why) = self.work_off(&mut host, wire, &mut waiting) {
+                return why;
             }
         }
     }
@@ -288,12 +261,12 @@ impl Server {
     fn work_off(
         &mut self,
         host: &mut Host,
-        unsent: &mut VecDeque<Secret>,
+        wire: &mut Wire,
         waiting: &mut Option<(Token, Waiting)>,
     ) -> Option<String> {
         while let Some(output) = host.poll_output() {
             match output {
-                Output::Send(bytes) => unsent.push_back(bytes),
+                Output::Send(bytes) => wire.send(bytes),
                 Output::ReaderAdded(name) => {
                     tracing::debug!("reader {:?}", String::from_utf8_lossy(&name));
                 }
@@ -356,22 +329,6 @@ fn refuse(ask: Ask) {
         Ask::Transmit { reply, .. } => drop(reply.send(Err(CardError::Removed))),
         Ask::PowerOff => {}
     }
-}
-
-async fn flush(
-    writer: &mut (impl AsyncWriteExt + Unpin),
-    unsent: VecDeque<Secret>,
-    mut written: usize,
-    why: String,
-) -> String {
-    let rest = async {
-        for bytes in unsent {
-            writer.write_all(&bytes.expose()[std::mem::take(&mut written)..]).await?;
-        }
-        writer.shutdown().await
-    };
-    let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
-    why
 }
 
 /// Plays the host until the client wants a reader, says no, and closes.
