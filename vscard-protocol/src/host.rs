@@ -132,6 +132,15 @@ pub enum CloseReason {
     TooMuchNonsense,
 }
 
+/// A request that waits for the acknowledgement of a power-off.
+#[derive(Debug)]
+struct Held {
+    token: Token,
+    deadline: Instant,
+    kind: Kind,
+    body: Body,
+}
+
 /// A command whose answer is to come.
 #[derive(Debug)]
 struct Pending {
@@ -155,6 +164,9 @@ pub struct Host {
     output: VecDeque<Output>,
     /// Oldest first: answers are told apart by their order alone.
     pending: VecDeque<Pending>,
+    /// What comes after a power-off goes out when the client has seen that. A guest can reset its bus many times
+    /// within one round trip, and the client would be left because of all that it has not answered.
+    held: Option<Held>,
     /// The card that is in.
     card: Option<Atr>,
     /// What the client announced.
@@ -177,6 +189,7 @@ impl Host {
             deadline,
             output: VecDeque::new(),
             pending: VecDeque::new(),
+            held: None,
             card: None,
             extension: None,
             nonsense: 0,
@@ -220,7 +233,8 @@ impl Host {
                 for pending in &mut self.pending {
                     pending.token = None;
                 }
-                if self.card.is_some() && self.extension.is_some() {
+                self.held = None;
+                if self.card.is_some() && self.extension.is_some() && !self.is_powering_off() {
                     self.ask(None, Kind::PowerOff, Body::PowerOff, now);
                 }
             }
@@ -234,7 +248,8 @@ impl Host {
 
     /// When [`handle_deadline`](Self::handle_deadline) is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.pending.iter().find(|pending| pending.token.is_some()).map(|pending| pending.deadline)
+        let pending = self.pending.iter().find(|pending| pending.token.is_some());
+        pending.map(|pending| pending.deadline).or(self.held.as_ref().map(|held| held.deadline))
     }
 
     /// Fails what is due at `now`.
@@ -244,12 +259,15 @@ impl Host {
                 self.output.push_back(Output::Failed(token, Failure::Mute));
             }
         }
+        if let Some(held) = self.held.take_if(|held| held.deadline <= now) {
+            self.output.push_back(Output::Failed(held.token, Failure::Mute));
+        }
     }
 
     fn ask(&mut self, token: Option<Token>, kind: Kind, body: Body, now: Instant) {
         let failure = if self.card.is_none() || self.closed {
             Some(Failure::Removed)
-        } else if self.pending.iter().any(|pending| pending.token.is_some()) {
+        } else if self.held.is_some() || self.pending.iter().any(|pending| pending.token.is_some()) {
             Some(Failure::Busy)
         } else if self.pending.len() >= MOST_LATE || self.lost_answer(now) {
             Some(Failure::Mute)
@@ -257,8 +275,14 @@ impl Host {
             None
         };
         let Some(failure) = failure else {
-            self.pending.push_back(Pending { token, deadline: now + self.deadline, kind });
-            return self.send(ReaderId::FIRST, body);
+            let deadline = now + self.deadline;
+            match token {
+                Some(token) if self.is_powering_off() => {
+                    self.held = Some(Held { token, deadline, kind, body });
+                }
+                _ => self.put(Pending { token, deadline, kind }, body),
+            }
+            return;
         };
         if let Some(token) = token {
             self.output.push_back(Output::Failed(token, failure));
@@ -266,6 +290,16 @@ impl Host {
         if failure == Failure::Mute {
             self.close(CloseReason::Silent);
         }
+    }
+
+    fn put(&mut self, pending: Pending, body: Body) {
+        self.pending.push_back(pending);
+        self.send(ReaderId::FIRST, body);
+    }
+
+    /// The client has not acknowledged a power-off, and nothing was asked since.
+    fn is_powering_off(&self) -> bool {
+        self.pending.back().is_some_and(|last| last.kind == Kind::PowerOff)
     }
 
     /// An answer is so late that it will not come any more: later ones would all be taken for it.
@@ -358,14 +392,19 @@ impl Host {
         if let Some(token) = self.pending.pop_front().and_then(|pending| pending.token) {
             self.output.push_back(outcome(token));
         }
+        if !self.is_powering_off() {
+            if let Some(Held { token, deadline, kind, body }) = self.held.take() {
+                self.put(Pending { token: Some(token), deadline, kind }, body);
+            }
+        }
     }
 
     /// What was asked of the card fails; the client's answers to it are taken off the stream when they come.
     fn remove_card(&mut self) {
-        for pending in &mut self.pending {
-            if let Some(token) = pending.token.take() {
-                self.output.push_back(Output::Failed(token, Failure::Removed));
-            }
+        let pending = self.pending.iter_mut().filter_map(|pending| pending.token.take());
+        let held = self.held.take().map(|held| held.token);
+        for token in pending.chain(held) {
+            self.output.push_back(Output::Failed(token, Failure::Removed));
         }
         if self.card.take().is_some() {
             self.output.push_back(Output::Removed);
@@ -532,6 +571,46 @@ mod tests {
         wire.outputs();
         let last = wire.transmit(9, &[0, 0xA4, 4, 0]);
         assert!(last.last().unwrap().starts_with("close: the client leaves commands"), "{last:?}");
+    }
+
+    /// A host whose client speaks the extension and has shown a card.
+    fn extended() -> Wire {
+        let mut wire = Wire::new();
+        wire.say(0, Body::Init(Init::ours(Some(Extension::FULL))));
+        wire.say(0, Body::Atr(atr()));
+        wire
+    }
+
+    #[test]
+    fn resets_within_one_round_trip_are_one_for_the_client() {
+        let mut wire = extended();
+        assert_eq!(wire.transmit(0, &[0, 0xA4, 4, 0]), ["send APDU"]);
+        wire.host.handle(Input::PowerOff, wire.now);
+        assert_eq!(wire.outputs(), ["send PowerOff"]);
+        for token in 1..100 {
+            wire.host.handle(Input::PowerOn(Token(token)), wire.now);
+            wire.host.handle(Input::PowerOff, wire.now);
+        }
+        wire.host.handle(Input::PowerOn(Token(100)), wire.now);
+        assert!(wire.outputs().is_empty());
+        assert!(wire.say(0, ok()).is_empty());
+        assert_eq!(wire.say(0, Body::PowerOff), ["send PowerOn"]);
+        assert_eq!(wire.say(0, Body::PowerOn(atr())), ["powered 100 3B84400163617264"]);
+    }
+
+    #[test]
+    fn what_waits_for_a_power_off_fails_in_time_or_with_the_card() {
+        let mut wire = extended();
+        wire.host.handle(Input::PowerOff, wire.now);
+        wire.host.handle(Input::PowerOn(Token(1)), wire.now);
+        wire.outputs();
+        assert_eq!(wire.transmit(2, &[0, 0xA4, 4, 0]), ["failed 2 another command is under way"]);
+        wire.now = wire.host.next_deadline().unwrap();
+        wire.host.handle_deadline(wire.now);
+        assert_eq!(wire.outputs(), ["failed 1 the client did not answer in time"]);
+        wire.host.handle(Input::PowerOn(Token(3)), wire.now);
+        assert_eq!(wire.say(0, Body::CardRemove)[0], "failed 3 the card was removed");
+        assert!(wire.say(0, Body::PowerOff).is_empty());
     }
 
     /// The two ends of this crate with each other, the client plain or with the extension.
