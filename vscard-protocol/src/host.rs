@@ -25,6 +25,8 @@ pub const MAX_COMMAND: usize = 261;
 const MOST_LATE: usize = 4;
 /// Messages that make no sense before the connection is given up.
 const MOST_NONSENSE: u32 = 64;
+/// Cards follow one another no faster than this. Who shows them faster keeps others busy, not a guest.
+const BETWEEN_CARDS: Duration = Duration::from_secs(1);
 
 /// Names a command between [`Input::Transmit`] and its outcome; chosen by the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -169,6 +171,8 @@ pub struct Host {
     held: Option<Held>,
     /// The card that is in.
     card: Option<Atr>,
+    /// When the last card was shown.
+    shown: Option<Instant>,
     /// What the client announced.
     extension: Option<Extension>,
     nonsense: u32,
@@ -191,6 +195,7 @@ impl Host {
             pending: VecDeque::new(),
             held: None,
             card: None,
+            shown: None,
             extension: None,
             nonsense: 0,
             refusing: false,
@@ -205,7 +210,7 @@ impl Host {
                 while !self.closed {
                     match self.decoder.decode(&mut bytes) {
                         None => break,
-                        Some(Ok(message)) => self.message(message),
+                        Some(Ok(message)) => self.message(message, now),
                         Some(Err(error)) if error.is_fatal() => self.close(CloseReason::Decode(error)),
                         Some(Err(error)) => {
                             self.output.push_back(Output::Notice(Notice::BadMessage(error)));
@@ -309,7 +314,7 @@ impl Host {
             .is_some_and(|oldest| oldest.token.is_none() && oldest.deadline + self.deadline <= now)
     }
 
-    fn message(&mut self, Message { reader, body }: Message) {
+    fn message(&mut self, Message { reader, body }: Message, now: Instant) {
         match body {
             Body::Init(init) if init.magic != MAGIC => self.close(CloseReason::WrongMagic),
             Body::Init(init) => {
@@ -339,6 +344,10 @@ impl Host {
                     self.card = Some(atr.clone());
                     self.output.push_back(Output::Inserted(atr, self.extension));
                     self.send(reader, Body::Error(ErrorCode::SUCCESS));
+                    // Taken all the same: the client believes that the card before is out.
+                    if self.shown.replace(now).is_some_and(|before| now < before + BETWEEN_CARDS) {
+                        self.nonsense();
+                    }
                 }
                 Err(error) => {
                     self.output.push_back(Output::Notice(Notice::BadAtr(error)));
@@ -611,6 +620,20 @@ mod tests {
         wire.host.handle(Input::PowerOn(Token(3)), wire.now);
         assert_eq!(wire.say(0, Body::CardRemove)[0], "failed 3 the card was removed");
         assert!(wire.say(0, Body::PowerOff).is_empty());
+    }
+
+    #[test]
+    fn a_client_that_shows_card_after_card_is_left() {
+        let mut wire = Wire::new();
+        for _ in 0..=MOST_NONSENSE {
+            wire.say(0, Body::Atr(atr()));
+            wire.now += BETWEEN_CARDS;
+        }
+        let mut said = Vec::new();
+        for _ in 0..=MOST_NONSENSE + 1 {
+            said = wire.say(0, Body::Atr(atr()));
+        }
+        assert!(said.last().unwrap().starts_with("close: the client has sent more than 64"), "{said:?}");
     }
 
     /// The two ends of this crate with each other, the client plain or with the extension.

@@ -35,6 +35,8 @@ use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Respons
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a client that does not read.
 const MOST_UNSENT: usize = 256 * 1024;
+/// Lines about clients that the log takes at once, and after how long it takes one more.
+const LINES: (u32, Duration) = (64, Duration::from_secs(60));
 
 /// A card that a remote client owns. Present while a client is connected and shows one.
 pub struct PassthruCard {
@@ -60,7 +62,7 @@ impl PassthruCard {
     ) -> (Self, impl Future<Output = Result<(), ChannelError>> + Send) {
         let (asks, asked) = mpsc::unbounded_channel();
         let (shown, presence) = watch::channel(Presence::Absent);
-        let server = Server { shown, insertions: 0, deadline, asked };
+        let server = Server { shown, insertions: 0, deadline, asked, lines: Lines::new(Instant::now()) };
         let card = Self { presence, asks, in_use: Arc::default() };
         (card, server.run(channel))
     }
@@ -135,6 +137,32 @@ struct Server {
     insertions: u64,
     deadline: Duration,
     asked: mpsc::UnboundedReceiver<Ask>,
+    lines: Lines,
+}
+
+/// Clients come, go and make news as fast as they like; the log is not to follow them.
+struct Lines {
+    left: u32,
+    since: Instant,
+}
+
+impl Lines {
+    fn new(now: Instant) -> Self {
+        Self { left: LINES.0, since: now }
+    }
+
+    /// If there is room for a line, what ends it.
+    fn next(&mut self, now: Instant) -> Option<&'static str> {
+        while self.left < LINES.0 && now >= self.since + LINES.1 {
+            self.left += 1;
+            self.since += LINES.1;
+        }
+        if self.left == LINES.0 {
+            self.since = now;
+        }
+        self.left = self.left.checked_sub(1)?;
+        Some(if self.left == 0 { "; not all of what clients do is told from now on" } else { "" })
+    }
 }
 
 enum Waiting {
@@ -165,10 +193,14 @@ impl Server {
                     None => return Ok(()),
                 },
             };
-            tracing::info!("{}: client connected", channel.endpoint());
+            if let Some(end) = self.lines.next(Instant::now()) {
+                tracing::info!("{}: client connected{end}", channel.endpoint());
+            }
             let mut wire = Wire::new(stream);
             let why = self.serve(&mut wire, listening.then_some(&mut channel)).await;
-            tracing::info!("{}: client gone: {why}", channel.endpoint());
+            if let Some(end) = self.lines.next(Instant::now()) {
+                tracing::info!("{}: client gone: {why}{end}", channel.endpoint());
+            }
             self.shown.send_replace(Presence::Absent);
             wire.finish().await;
         }
@@ -240,7 +272,9 @@ impl Server {
                 },
                 another = another => match another {
                     Ok(stream) => {
-                        tracing::warn!("second client refused: another one is connected");
+                        if let Some(end) = self.lines.next(Instant::now()) {
+                            tracing::warn!("second client refused: another one is connected{end}");
+                        }
                         // One at a time; whoever comes meanwhile finds a closed door.
                         if refusal.as_ref().is_none_or(JoinHandle::is_finished) {
                             let turned_away = tokio::time::timeout(REFUSAL_WAIT, turn_away(stream));
@@ -272,19 +306,21 @@ impl Server {
                 }
                 Output::Inserted(atr, extension) => {
                     self.insertions += 1;
-                    if extension.is_none() {
-                        tracing::warn!(
+                    match (self.lines.next(Instant::now()), extension) {
+                        (Some(end), Some(_)) => tracing::info!("card inserted{end}"),
+                        (Some(end), None) => tracing::warn!(
                             "card inserted by a client that cannot be told of power-off and reset: \
-                             a verified PIN survives a reboot of the guest"
-                        );
-                    } else {
-                        tracing::info!("card inserted");
+                             a verified PIN survives a reboot of the guest{end}"
+                        ),
+                        (None, _) => {}
                     }
                     let limits = extension.map_or(Limits::SHORT, limits);
                     self.shown.send_replace(Presence::Present { insertion: self.insertions, atr, limits });
                 }
                 Output::Removed => {
-                    tracing::info!("card removed");
+                    if let Some(end) = self.lines.next(Instant::now()) {
+                        tracing::info!("card removed{end}");
+                    }
                     self.shown.send_replace(Presence::Absent);
                 }
                 Output::Answer(token, response) => {
@@ -309,7 +345,11 @@ impl Server {
                     }),
                     None => {}
                 },
-                Output::Notice(notice) => tracing::warn!("{notice}"),
+                Output::Notice(notice) => {
+                    if let Some(end) = self.lines.next(Instant::now()) {
+                        tracing::warn!("{notice}{end}");
+                    }
+                }
                 Output::Close(reason) => return Some(reason.to_string()),
             }
         }
@@ -347,5 +387,23 @@ async fn turn_away(mut stream: Stream) {
                 _ => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_takes_so_many_lines() {
+        let mut now = Instant::now();
+        let mut lines = Lines::new(now);
+        let told = (0..1000).filter_map(|_| lines.next(now)).collect::<Vec<_>>();
+        assert_eq!(told.len(), 64);
+        assert!(told.iter().position(|end| !end.is_empty()) == Some(63), "{told:?}");
+        now += LINES.1;
+        assert!(lines.next(now).is_some() && lines.next(now).is_none());
+        now += 1000 * LINES.1;
+        assert_eq!((0..1000).filter_map(|_| lines.next(now)).count(), 64);
     }
 }
