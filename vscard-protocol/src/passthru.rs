@@ -392,7 +392,15 @@ async fn turn_away(mut stream: Stream) {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use tokio::net::UnixStream;
+
     use super::*;
+    use crate::chardev::Plaintext;
+    use crate::codec::{Decoder, encode};
+    use crate::message::{Body, MAX_PAYLOAD, Message, ReaderId};
 
     #[test]
     fn the_log_takes_so_many_lines() {
@@ -405,5 +413,56 @@ mod tests {
         assert!(lines.next(now).is_some() && lines.next(now).is_none());
         now += 1000 * LINES.1;
         assert_eq!((0..1000).filter_map(|_| lines.next(now)).count(), 64);
+    }
+
+    /// Everything a client gets, until the host asks its card something.
+    async fn command(stream: &mut UnixStream, decoder: &mut Decoder) -> Vec<u8> {
+        let mut input = [0; 1024];
+        loop {
+            let count = stream.read(&mut input).await.unwrap();
+            let mut bytes = &input[..count];
+            while let Some(message) = decoder.decode(&mut bytes) {
+                if let Body::Apdu(apdu) = message.unwrap().body {
+                    assert!(bytes.is_empty(), "one at a time");
+                    return apdu.expose().to_vec();
+                }
+            }
+        }
+    }
+
+    async fn say(stream: &mut UnixStream, body: Body) {
+        let bytes = encode(&Message::new(ReaderId::FIRST, body)).unwrap();
+        stream.write_all(bytes.expose()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn commands_that_are_given_up_do_not_queue() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("card");
+        let endpoint = format!("unix-listen:{}", path.display()).parse().unwrap();
+        let channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.unwrap();
+        let (card, serve) = PassthruCard::new(channel, Duration::from_secs(20));
+        tokio::spawn(serve);
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        let atr = Atr::t0(b"card").unwrap();
+        say(&mut client, Body::Atr(atr.as_bytes().to_vec().into())).await;
+        let mut presence = card.presence();
+        presence.changed().await;
+        let mut card = card.power_on(presence.get().insertion().unwrap()).await.unwrap();
+
+        for number in 0..100 {
+            let command = Command::parse(&[0, 0xA4, 0, number]).unwrap();
+            let mut given_up = pin!(card.transmit(&command));
+            assert!(given_up.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        }
+        let last = Command::parse(&[0, 0xB0, 0, 0]).unwrap();
+        let mut decoder = Decoder::new(MAX_PAYLOAD);
+        let (response, ()) = tokio::join!(card.transmit(&last), async {
+            assert_eq!(command(&mut client, &mut decoder).await, [0, 0xA4, 0, 0]);
+            say(&mut client, Body::Apdu([0xDE, 0xAD, 0x90, 0][..].into())).await;
+            assert_eq!(command(&mut client, &mut decoder).await, [0, 0xB0, 0, 0]);
+            say(&mut client, Body::Apdu([0xBE, 0xEF, 0x90, 0][..].into())).await;
+        });
+        assert_eq!(response.unwrap().as_bytes(), [0xBE, 0xEF, 0x90, 0]);
     }
 }
