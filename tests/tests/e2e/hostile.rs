@@ -52,7 +52,7 @@ impl Victim {
         let memory = self.client.memory_kib("VmHWM")?;
         ensure!(memory < 64 * 1024, "{memory} KiB of memory");
         let log = self.client.log();
-        let hex: String = PIN.bytes().map(|byte| format!("{byte:02X}")).collect();
+        let hex = stack_tests::hex(PIN.as_bytes());
         ensure!(!log.contains(PIN) && !log.to_uppercase().contains(&hex), "the log tells the PIN:\n{log}");
         ensure!(!log.contains("panicked"), "{log}");
         println!("well after the attack: {memory} KiB at most");
