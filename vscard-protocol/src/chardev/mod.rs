@@ -171,7 +171,7 @@ impl Channel {
             }
             match self.stream_once().await {
                 Ok(stream) if self.listener.is_some() => {
-                    self.retry = Retry::new();
+                    self.retry.accepted();
                     return Ok(stream);
                 }
                 Ok(stream) => {

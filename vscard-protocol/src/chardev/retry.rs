@@ -9,6 +9,8 @@ const LONGEST: Duration = Duration::from_secs(5);
 /// A connection that lasted this long was of use. Others are made ever more rarely: a forwarded port takes a
 /// connection and drops it at once while nobody is behind it.
 const LASTED: Duration = Duration::from_secs(1);
+/// After so long the same failure is news again.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// The waits between tries of one endpoint. All of it is kept here and none in a future, so that waiting can be
 /// cancelled and gone on with.
@@ -19,13 +21,14 @@ pub(super) struct Retry {
     at: Option<Instant>,
     /// When a connection was made that has to be made again if it ends.
     connected: Option<Instant>,
-    /// The failure told last; a peer may be away for days.
-    told: String,
+    /// The failure told last, and when it was met last: a peer may be away for days, and a listener out of file
+    /// descriptors lets in some.
+    told: Option<(String, Instant)>,
 }
 
 impl Retry {
     pub(super) fn new() -> Self {
-        Self { delay: FIRST, at: None, connected: None, told: String::new() }
+        Self { delay: FIRST, at: None, connected: None, told: None }
     }
 
     /// When to try, if not at once. Whoever asks has no connection any more.
@@ -45,12 +48,17 @@ impl Retry {
         self.connected = Some(now);
     }
 
+    /// A peer has come. It, not we, will come again.
+    pub(super) fn accepted(&mut self) {
+        self.at = None;
+        self.delay = FIRST;
+    }
+
     /// The try failed; whether that is news.
     pub(super) fn failed(&mut self, failure: &str, now: Instant) -> bool {
         self.put_off(now);
-        let is_news = failure != self.told;
-        failure.clone_into(&mut self.told);
-        is_news
+        let told = self.told.replace((failure.to_owned(), now));
+        told.is_none_or(|(told, met)| told != failure || now >= met + FORGOTTEN)
     }
 
     fn put_off(&mut self, now: Instant) {
@@ -88,5 +96,19 @@ mod tests {
         now += LASTED;
         assert_eq!(retry.due(now), Some(now + FIRST));
         assert!(retry.failed("refused", now));
+    }
+
+    #[test]
+    fn a_listener_waits_after_failures_only_and_tells_them_once() {
+        let mut retry = Retry::new();
+        let mut now = Instant::now();
+        assert!(retry.failed("no file descriptors", now));
+        now = retry.due(now).unwrap();
+        retry.accepted();
+        assert_eq!(retry.due(now), None);
+        assert!(!retry.failed("no file descriptors", now));
+        assert_eq!(retry.due(now), Some(now + FIRST));
+        now += FORGOTTEN;
+        assert!(retry.failed("no file descriptors", now));
     }
 }
