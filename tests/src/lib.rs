@@ -15,6 +15,14 @@ pub mod passthru;
 pub mod process;
 pub mod reader;
 
+/// SELECT of the first PKI container.
+pub const SELECT: &str = "00A4040007A0000000790100";
+
+/// A command as the tools in the guest take it.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02X}")).collect()
+}
+
 /// How often a scenario repeats: `small` in `cargo xtask test`, `large` in `cargo xtask soak`.
 pub fn scale(small: u32, large: u32) -> u32 {
     if std::env::var_os("STACK_SCALE").is_some_and(|scale| scale == "soak") { large } else { small }

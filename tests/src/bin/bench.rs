@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use stack_tests::SELECT;
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::floor;
 use stack_tests::guest::{Boot, Guest, short_directory, within};
@@ -37,9 +38,6 @@ and then signing with OpenSC over unix and tcp. Exits with 0 whatever the figure
   --rounds N    how often each road has its turn (6); those of ccid-device have twice as many
   --help        this
 ";
-
-/// SELECT of the first PKI container.
-const SELECT: &str = "00A4040007A0000000790100";
 
 /// What the project promises for tcp/unix, and for our reader beside one that does nothing.
 const TCP_BOUND: f64 = 1.3;

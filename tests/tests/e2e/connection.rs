@@ -4,14 +4,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
+use stack_tests::SELECT;
 use stack_tests::database::{Database, PIN};
 use stack_tests::guest::{Boot, Guest, within};
 use stack_tests::host::{Host, INIT, message};
 use stack_tests::passthru::{Road, Stack, client};
 use stack_tests::process::Process;
 use tokio::io::AsyncWriteExt;
-
-const SELECT: &str = "00A4040007A0000000790100";
 
 async fn works(stack: &Stack) -> Result<()> {
     stack.guest.ok("guest-pcsc wait-card present 30").await?;

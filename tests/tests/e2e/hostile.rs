@@ -1,4 +1,4 @@
-//! Hosts that want the client to come to harm.
+//! Hosts that want the client to come to harm, and clients that want the reader to.
 
 use std::ffi::OsStr;
 
@@ -6,7 +6,10 @@ use anyhow::{Result, ensure};
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::host::{Host, INIT, message, verify};
 use stack_tests::process::Process;
+use stack_tests::reader::{Bus, Place};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 /// A client of a scripted host.
 struct Victim {
@@ -52,7 +55,7 @@ impl Victim {
         let memory = self.client.memory_kib("VmHWM")?;
         ensure!(memory < 64 * 1024, "{memory} KiB of memory");
         let log = self.client.log();
-        let hex: String = PIN.bytes().map(|byte| format!("{byte:02X}")).collect();
+        let hex = stack_tests::hex(PIN.as_bytes());
         ensure!(!log.contains(PIN) && !log.to_uppercase().contains(&hex), "the log tells the PIN:\n{log}");
         ensure!(!log.contains("panicked"), "{log}");
         println!("well after the attack: {memory} KiB at most");
@@ -203,5 +206,27 @@ async fn a_silent_host() -> Result<()> {
     }
     ensure!(victim.client.mark() == lines, "{}", victim.client.log());
     ensure!(victim.client.cpu_ticks()? - before < 30);
+    Ok(())
+}
+
+/// A client of our reader that comes, swaps cards and goes as fast as it can: the log does not follow it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_never_content() -> Result<()> {
+    let place = Place::new(Bus::Xhci)?;
+    let card = format!("passthru,unix-listen:{}", place.path("card"));
+    let daemon = Process::start("ccid-device", ["--reader", &place.reader(""), "--card", &card], &[])?;
+    daemon.line("ready").await?;
+    let atr = message(5, 0, &[0x3B, 0x84, 0x40, 0x01, 0x74, 0x65, 0x73, 0x74]);
+    for round in 0..stack_tests::scale(200, 2000) {
+        let mut stream = UnixStream::connect(place.path("card")).await?;
+        // It may be refused, since the one before is not gone yet.
+        let _ = stream.write_all(&atr.repeat(if round == 0 { 100 } else { 3 })).await;
+        let mut answer = [0; 12];
+        let _ = stream.read_exact(&mut answer).await;
+    }
+    daemon.line("not all of what clients do is told from now on").await?;
+    let lines = daemon.mark();
+    // The reader's own about insertions, at most one a second, and those of the start.
+    ensure!(lines < 100, "{lines} lines:\n{}", daemon.log());
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use stack_tests::SELECT;
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::guest::{Boot, Guest, within};
 use stack_tests::host::verify;
@@ -14,12 +15,10 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
-const SELECT: &str = "00A4040007A0000000790100";
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn transmit(command: &[u8]) -> String {
-    let hex: String = command.iter().map(|byte| format!("{byte:02X}")).collect();
-    format!("guest-pcsc transmit {hex}")
+    format!("guest-pcsc transmit {}", stack_tests::hex(command))
 }
 
 async fn works(guest: &Guest) -> Result<()> {

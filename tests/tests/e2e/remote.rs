@@ -17,13 +17,12 @@ use stack_tests::guest::within;
 use stack_tests::host::{INIT, message, verify};
 use stack_tests::process::Process;
 use stack_tests::reader::{Bus, Place, Stack};
+use stack_tests::{SELECT, hex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use vscard_protocol::Command;
 
 use crate::card::use_the_card;
-
-const SELECT: &str = "00A4040007A0000000790100";
 
 fn passthru(_database: &Database, place: &Place) -> Vec<String> {
     vec!["--card".into(), format!("passthru,deadline=5,unix-listen:{}", place.path("card"))]
@@ -102,10 +101,6 @@ async fn our_vscclient_over_tcp() -> Result<()> {
     let _client = client(&stack, &format!("tcp:127.0.0.1:{port}"), &[])?;
     stack.guest.ok("guest-pcsc wait-card present 30").await?;
     use_the_card(&stack.guest, &stack.database, PIN).await
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02X}")).collect()
 }
 
 /// What libcacard's vscclient puts on the wire: Init, on the host's Init ReaderRemove and ReaderAdd with reader id

@@ -6,13 +6,10 @@ use std::ffi::OsStr;
 use anyhow::{Context, Result, ensure};
 use stack_tests::database::PIN;
 use stack_tests::guest::Guest;
+use stack_tests::hex;
 use stack_tests::host::verify;
 use stack_tests::process::Process;
 use stack_tests::reader::{Bus, Stack, certificates};
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02X}")).collect()
-}
 
 /// What identifies a CAC: its card capability container.
 async fn identity(guest: &Guest, reader: usize) -> Result<String> {
