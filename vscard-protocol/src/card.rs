@@ -133,7 +133,10 @@ pub trait CardSource: Send + Sync {
     /// Powers up that insertion.
     ///
     /// Nothing volatile of an earlier session (verified PIN, selection, chaining, pending answer, session keys)
-    /// is left; a source that cannot clear it says so with [`CardError::NotCleared`].
+    /// is left; a source that cannot clear it says so with [`CardError::NotCleared`]. One exception: a remote card
+    /// (the module `passthru`) whose client does not speak the extension. That client cannot be told to clear
+    /// anything, so its card is powered with what it has; it could not be used at all otherwise. A warning in the
+    /// log tells of it when the card comes in.
     ///
     /// # Errors
     /// [`CardError::Removed`] when `insertion` is not the card that is in, [`CardError::Busy`] while another
@@ -141,7 +144,8 @@ pub trait CardSource: Send + Sync {
     async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError>;
 }
 
-/// One powered insertion. Drop is power-off; after removal every call is [`CardError::Removed`], even if
+/// One powered insertion. Drop is power-off, which ends what [`power_on`](CardSource::power_on) says is not left, with
+/// the same exception; after removal every call is [`CardError::Removed`], even if
 /// another card is in by then.
 #[async_trait]
 pub trait Card: Send {

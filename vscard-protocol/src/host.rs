@@ -25,6 +25,8 @@ pub const MAX_COMMAND: usize = 261;
 const MOST_LATE: usize = 4;
 /// Messages that make no sense before the connection is given up.
 const MOST_NONSENSE: u32 = 64;
+/// Cards follow one another no faster than this. Who shows them faster keeps others busy, not a guest.
+const BETWEEN_CARDS: Duration = Duration::from_secs(1);
 
 /// Names a command between [`Input::Transmit`] and its outcome; chosen by the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -132,6 +134,15 @@ pub enum CloseReason {
     TooMuchNonsense,
 }
 
+/// A request that waits for the acknowledgement of a power-off.
+#[derive(Debug)]
+struct Held {
+    token: Token,
+    deadline: Instant,
+    kind: Kind,
+    body: Body,
+}
+
 /// A command whose answer is to come.
 #[derive(Debug)]
 struct Pending {
@@ -155,8 +166,13 @@ pub struct Host {
     output: VecDeque<Output>,
     /// Oldest first: answers are told apart by their order alone.
     pending: VecDeque<Pending>,
+    /// What comes after a power-off goes out when the client has seen that. A guest can reset its bus many times
+    /// within one round trip, and the client would be left because of all that it has not answered.
+    held: Option<Held>,
     /// The card that is in.
     card: Option<Atr>,
+    /// When the last card was shown.
+    shown: Option<Instant>,
     /// What the client announced.
     extension: Option<Extension>,
     nonsense: u32,
@@ -177,7 +193,9 @@ impl Host {
             deadline,
             output: VecDeque::new(),
             pending: VecDeque::new(),
+            held: None,
             card: None,
+            shown: None,
             extension: None,
             nonsense: 0,
             refusing: false,
@@ -192,7 +210,7 @@ impl Host {
                 while !self.closed {
                     match self.decoder.decode(&mut bytes) {
                         None => break,
-                        Some(Ok(message)) => self.message(message),
+                        Some(Ok(message)) => self.message(message, now),
                         Some(Err(error)) if error.is_fatal() => self.close(CloseReason::Decode(error)),
                         Some(Err(error)) => {
                             self.output.push_back(Output::Notice(Notice::BadMessage(error)));
@@ -220,7 +238,8 @@ impl Host {
                 for pending in &mut self.pending {
                     pending.token = None;
                 }
-                if self.card.is_some() && self.extension.is_some() {
+                self.held = None;
+                if self.card.is_some() && self.extension.is_some() && !self.is_powering_off() {
                     self.ask(None, Kind::PowerOff, Body::PowerOff, now);
                 }
             }
@@ -234,7 +253,8 @@ impl Host {
 
     /// When [`handle_deadline`](Self::handle_deadline) is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.pending.iter().find(|pending| pending.token.is_some()).map(|pending| pending.deadline)
+        let pending = self.pending.iter().find(|pending| pending.token.is_some());
+        pending.map(|pending| pending.deadline).or(self.held.as_ref().map(|held| held.deadline))
     }
 
     /// Fails what is due at `now`.
@@ -244,12 +264,15 @@ impl Host {
                 self.output.push_back(Output::Failed(token, Failure::Mute));
             }
         }
+        if let Some(held) = self.held.take_if(|held| held.deadline <= now) {
+            self.output.push_back(Output::Failed(held.token, Failure::Mute));
+        }
     }
 
     fn ask(&mut self, token: Option<Token>, kind: Kind, body: Body, now: Instant) {
         let failure = if self.card.is_none() || self.closed {
             Some(Failure::Removed)
-        } else if self.pending.iter().any(|pending| pending.token.is_some()) {
+        } else if self.held.is_some() || self.pending.iter().any(|pending| pending.token.is_some()) {
             Some(Failure::Busy)
         } else if self.pending.len() >= MOST_LATE || self.lost_answer(now) {
             Some(Failure::Mute)
@@ -257,8 +280,14 @@ impl Host {
             None
         };
         let Some(failure) = failure else {
-            self.pending.push_back(Pending { token, deadline: now + self.deadline, kind });
-            return self.send(ReaderId::FIRST, body);
+            let deadline = now + self.deadline;
+            match token {
+                Some(token) if self.is_powering_off() => {
+                    self.held = Some(Held { token, deadline, kind, body });
+                }
+                _ => self.put(Pending { token, deadline, kind }, body),
+            }
+            return;
         };
         if let Some(token) = token {
             self.output.push_back(Output::Failed(token, failure));
@@ -268,6 +297,16 @@ impl Host {
         }
     }
 
+    fn put(&mut self, pending: Pending, body: Body) {
+        self.pending.push_back(pending);
+        self.send(ReaderId::FIRST, body);
+    }
+
+    /// The client has not acknowledged a power-off, and nothing was asked since.
+    fn is_powering_off(&self) -> bool {
+        self.pending.back().is_some_and(|last| last.kind == Kind::PowerOff)
+    }
+
     /// An answer is so late that it will not come any more: later ones would all be taken for it.
     fn lost_answer(&self, now: Instant) -> bool {
         self.pending
@@ -275,7 +314,7 @@ impl Host {
             .is_some_and(|oldest| oldest.token.is_none() && oldest.deadline + self.deadline <= now)
     }
 
-    fn message(&mut self, Message { reader, body }: Message) {
+    fn message(&mut self, Message { reader, body }: Message, now: Instant) {
         match body {
             Body::Init(init) if init.magic != MAGIC => self.close(CloseReason::WrongMagic),
             Body::Init(init) => {
@@ -305,6 +344,10 @@ impl Host {
                     self.card = Some(atr.clone());
                     self.output.push_back(Output::Inserted(atr, self.extension));
                     self.send(reader, Body::Error(ErrorCode::SUCCESS));
+                    // Taken all the same: the client believes that the card before is out.
+                    if self.shown.replace(now).is_some_and(|before| now < before + BETWEEN_CARDS) {
+                        self.nonsense();
+                    }
                 }
                 Err(error) => {
                     self.output.push_back(Output::Notice(Notice::BadAtr(error)));
@@ -358,14 +401,19 @@ impl Host {
         if let Some(token) = self.pending.pop_front().and_then(|pending| pending.token) {
             self.output.push_back(outcome(token));
         }
+        if !self.is_powering_off() {
+            if let Some(Held { token, deadline, kind, body }) = self.held.take() {
+                self.put(Pending { token: Some(token), deadline, kind }, body);
+            }
+        }
     }
 
     /// What was asked of the card fails; the client's answers to it are taken off the stream when they come.
     fn remove_card(&mut self) {
-        for pending in &mut self.pending {
-            if let Some(token) = pending.token.take() {
-                self.output.push_back(Output::Failed(token, Failure::Removed));
-            }
+        let pending = self.pending.iter_mut().filter_map(|pending| pending.token.take());
+        let held = self.held.take().map(|held| held.token);
+        for token in pending.chain(held) {
+            self.output.push_back(Output::Failed(token, Failure::Removed));
         }
         if self.card.take().is_some() {
             self.output.push_back(Output::Removed);
@@ -532,6 +580,60 @@ mod tests {
         wire.outputs();
         let last = wire.transmit(9, &[0, 0xA4, 4, 0]);
         assert!(last.last().unwrap().starts_with("close: the client leaves commands"), "{last:?}");
+    }
+
+    /// A host whose client speaks the extension and has shown a card.
+    fn extended() -> Wire {
+        let mut wire = Wire::new();
+        wire.say(0, Body::Init(Init::ours(Some(Extension::FULL))));
+        wire.say(0, Body::Atr(atr()));
+        wire
+    }
+
+    #[test]
+    fn resets_within_one_round_trip_are_one_for_the_client() {
+        let mut wire = extended();
+        assert_eq!(wire.transmit(0, &[0, 0xA4, 4, 0]), ["send APDU"]);
+        wire.host.handle(Input::PowerOff, wire.now);
+        assert_eq!(wire.outputs(), ["send PowerOff"]);
+        for token in 1..100 {
+            wire.host.handle(Input::PowerOn(Token(token)), wire.now);
+            wire.host.handle(Input::PowerOff, wire.now);
+        }
+        wire.host.handle(Input::PowerOn(Token(100)), wire.now);
+        assert!(wire.outputs().is_empty());
+        assert!(wire.say(0, ok()).is_empty());
+        assert_eq!(wire.say(0, Body::PowerOff), ["send PowerOn"]);
+        assert_eq!(wire.say(0, Body::PowerOn(atr())), ["powered 100 3B84400163617264"]);
+    }
+
+    #[test]
+    fn what_waits_for_a_power_off_fails_in_time_or_with_the_card() {
+        let mut wire = extended();
+        wire.host.handle(Input::PowerOff, wire.now);
+        wire.host.handle(Input::PowerOn(Token(1)), wire.now);
+        wire.outputs();
+        assert_eq!(wire.transmit(2, &[0, 0xA4, 4, 0]), ["failed 2 another command is under way"]);
+        wire.now = wire.host.next_deadline().unwrap();
+        wire.host.handle_deadline(wire.now);
+        assert_eq!(wire.outputs(), ["failed 1 the client did not answer in time"]);
+        wire.host.handle(Input::PowerOn(Token(3)), wire.now);
+        assert_eq!(wire.say(0, Body::CardRemove)[0], "failed 3 the card was removed");
+        assert!(wire.say(0, Body::PowerOff).is_empty());
+    }
+
+    #[test]
+    fn a_client_that_shows_card_after_card_is_left() {
+        let mut wire = Wire::new();
+        for _ in 0..=MOST_NONSENSE {
+            wire.say(0, Body::Atr(atr()));
+            wire.now += BETWEEN_CARDS;
+        }
+        let mut said = Vec::new();
+        for _ in 0..=MOST_NONSENSE + 1 {
+            said = wire.say(0, Body::Atr(atr()));
+        }
+        assert!(said.last().unwrap().starts_with("close: the client has sent more than 64"), "{said:?}");
     }
 
     /// The two ends of this crate with each other, the client plain or with the extension.

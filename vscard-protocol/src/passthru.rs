@@ -26,17 +26,17 @@ use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
 use crate::card::PresenceWatch;
-use crate::chardev::{Channel, ChannelError, Stream};
+use crate::chardev::{Channel, ChannelError, Stream, Wire};
 use crate::host::{Failure, Host, Input, Output, Token};
 use crate::message::Extension;
-use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Response, Secret, StatusWord};
+use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Response, StatusWord};
 
-/// First and longest wait before connecting again, for endpoints that connect.
-const DELAYS: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// For a second client to hear that it is one.
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a client that does not read.
 const MOST_UNSENT: usize = 256 * 1024;
+/// Lines about clients that the log takes at once, and after how long it takes one more.
+const LINES: (u32, Duration) = (64, Duration::from_secs(60));
 
 /// A card that a remote client owns. Present while a client is connected and shows one.
 pub struct PassthruCard {
@@ -62,7 +62,7 @@ impl PassthruCard {
     ) -> (Self, impl Future<Output = Result<(), ChannelError>> + Send) {
         let (asks, asked) = mpsc::unbounded_channel();
         let (shown, presence) = watch::channel(Presence::Absent);
-        let server = Server { shown, insertions: 0, deadline, asked };
+        let server = Server { shown, insertions: 0, deadline, asked, lines: Lines::new(Instant::now()) };
         let card = Self { presence, asks, in_use: Arc::default() };
         (card, server.run(channel))
     }
@@ -137,6 +137,32 @@ struct Server {
     insertions: u64,
     deadline: Duration,
     asked: mpsc::UnboundedReceiver<Ask>,
+    lines: Lines,
+}
+
+/// Clients come, go and make news as fast as they like; the log is not to follow them.
+struct Lines {
+    left: u32,
+    since: Instant,
+}
+
+impl Lines {
+    fn new(now: Instant) -> Self {
+        Self { left: LINES.0, since: now }
+    }
+
+    /// If there is room for a line, what ends it.
+    fn next(&mut self, now: Instant) -> Option<&'static str> {
+        while self.left < LINES.0 && now >= self.since + LINES.1 {
+            self.left += 1;
+            self.since += LINES.1;
+        }
+        if self.left == LINES.0 {
+            self.since = now;
+        }
+        self.left = self.left.checked_sub(1)?;
+        Some(if self.left == 0 { "; not all of what clients do is told from now on" } else { "" })
+    }
 }
 
 enum Waiting {
@@ -156,10 +182,9 @@ impl Waiting {
 impl Server {
     async fn run(mut self, mut channel: Channel) -> Result<(), ChannelError> {
         let listening = channel.endpoint().is_listening();
-        let mut delay = DELAYS.0;
         loop {
             let stream = tokio::select! {
-                stream = channel.stream() => stream,
+                stream = channel.stream() => stream?,
                 ask = self.asked.recv() => match ask {
                     Some(ask) => {
                         refuse(ask);
@@ -168,31 +193,23 @@ impl Server {
                     None => return Ok(()),
                 },
             };
-            match stream {
-                Ok(stream) => {
-                    delay = DELAYS.0;
-                    tracing::info!("{}: client connected", channel.endpoint());
-                    let why = self.serve(stream, listening.then_some(&mut channel)).await;
-                    tracing::info!("{}: client gone: {why}", channel.endpoint());
-                    self.shown.send_replace(Presence::Absent);
-                }
-                Err(error) if !error.is_transient() => return Err(error),
-                Err(error) => tracing::debug!("{error}"),
+            if let Some(end) = self.lines.next(Instant::now()) {
+                tracing::info!("{}: client connected{end}", channel.endpoint());
             }
-            if !listening {
-                tokio::time::sleep(delay).await;
-                delay = (delay * 2).min(DELAYS.1);
+            let mut wire = Wire::new(stream);
+            let why = self.serve(&mut wire, listening.then_some(&mut channel)).await;
+            if let Some(end) = self.lines.next(Instant::now()) {
+                tracing::info!("{}: client gone: {why}{end}", channel.endpoint());
             }
+            self.shown.send_replace(Presence::Absent);
+            wire.finish().await;
         }
     }
 
     /// Until the client is gone; says why.
-    async fn serve(&mut self, stream: Stream, mut others: Option<&mut Channel>) -> String {
-        let (mut reader, mut writer) = tokio::io::split(stream);
+    async fn serve(&mut self, wire: &mut Wire, mut others: Option<&mut Channel>) -> String {
         let mut host = Host::new(self.deadline);
         let mut input = Zeroizing::new(vec![0; 64 * 1024]);
-        let mut unsent: VecDeque<Secret> = VecDeque::new();
-        let mut written = 0;
         let mut waiting: Option<(Token, Waiting)> = None;
         let mut queue: VecDeque<Ask> = VecDeque::new();
         let mut tokens = 0;
@@ -215,12 +232,11 @@ impl Server {
                     }
                     ask => refuse(ask),
                 }
-                if let Some(why) = self.work_off(&mut host, &mut unsent, &mut waiting) {
-                    return flush(&mut writer, unsent, written, why).await;
+                if let Some(why) = self.work_off(&mut host, wire, &mut waiting) {
+                    return why;
                 }
             }
-            let bytes: usize = unsent.iter().map(Secret::len).sum();
-            if bytes > MOST_UNSENT {
+            if wire.unsent() > MOST_UNSENT {
                 return "it does not read".into();
             }
             let deadline = host.next_deadline();
@@ -236,21 +252,10 @@ impl Server {
                     None => std::future::pending().await,
                 }
             };
-            let first = unsent.front().map(|bytes| &bytes.expose()[written..]);
             tokio::select! {
-                read = reader.read(&mut input[..]) => match read {
+                read = wire.read(&mut input[..]) => match read {
                     Ok(0) => return "it closed the connection".into(),
                     Ok(count) => host.handle(Input::Received(&input[..count]), Instant::now()),
-                    Err(error) => return error.to_string(),
-                },
-                sent = writer.write(first.unwrap_or_default()), if first.is_some() => match sent {
-                    Ok(count) => {
-                        written += count;
-                        if unsent.front().is_some_and(|bytes| written >= bytes.len()) {
-                            unsent.pop_front();
-                            written = 0;
-                        }
-                    }
                     Err(error) => return error.to_string(),
                 },
                 ask = self.asked.recv() => match ask {
@@ -267,7 +272,9 @@ impl Server {
                 },
                 another = another => match another {
                     Ok(stream) => {
-                        tracing::warn!("second client refused: another one is connected");
+                        if let Some(end) = self.lines.next(Instant::now()) {
+                            tracing::warn!("second client refused: another one is connected{end}");
+                        }
                         // One at a time; whoever comes meanwhile finds a closed door.
                         if refusal.as_ref().is_none_or(JoinHandle::is_finished) {
                             let turned_away = tokio::time::timeout(REFUSAL_WAIT, turn_away(stream));
@@ -278,8 +285,8 @@ impl Server {
                 },
                 () = due => host.handle_deadline(Instant::now()),
             }
-            if let Some(why) = self.work_off(&mut host, &mut unsent, &mut waiting) {
-                return flush(&mut writer, unsent, written, why).await;
+            if let Some(why) = self.work_off(&mut host, wire, &mut waiting) {
+                return why;
             }
         }
     }
@@ -288,30 +295,32 @@ impl Server {
     fn work_off(
         &mut self,
         host: &mut Host,
-        unsent: &mut VecDeque<Secret>,
+        wire: &mut Wire,
         waiting: &mut Option<(Token, Waiting)>,
     ) -> Option<String> {
         while let Some(output) = host.poll_output() {
             match output {
-                Output::Send(bytes) => unsent.push_back(bytes),
+                Output::Send(bytes) => wire.send(bytes),
                 Output::ReaderAdded(name) => {
                     tracing::debug!("reader {:?}", String::from_utf8_lossy(&name));
                 }
                 Output::Inserted(atr, extension) => {
                     self.insertions += 1;
-                    if extension.is_none() {
-                        tracing::warn!(
+                    match (self.lines.next(Instant::now()), extension) {
+                        (Some(end), Some(_)) => tracing::info!("card inserted{end}"),
+                        (Some(end), None) => tracing::warn!(
                             "card inserted by a client that cannot be told of power-off and reset: \
-                             a verified PIN survives a reboot of the guest"
-                        );
-                    } else {
-                        tracing::info!("card inserted");
+                             a verified PIN survives a reboot of the guest{end}"
+                        ),
+                        (None, _) => {}
                     }
                     let limits = extension.map_or(Limits::SHORT, limits);
                     self.shown.send_replace(Presence::Present { insertion: self.insertions, atr, limits });
                 }
                 Output::Removed => {
-                    tracing::info!("card removed");
+                    if let Some(end) = self.lines.next(Instant::now()) {
+                        tracing::info!("card removed{end}");
+                    }
                     self.shown.send_replace(Presence::Absent);
                 }
                 Output::Answer(token, response) => {
@@ -336,7 +345,11 @@ impl Server {
                     }),
                     None => {}
                 },
-                Output::Notice(notice) => tracing::warn!("{notice}"),
+                Output::Notice(notice) => {
+                    if let Some(end) = self.lines.next(Instant::now()) {
+                        tracing::warn!("{notice}{end}");
+                    }
+                }
                 Output::Close(reason) => return Some(reason.to_string()),
             }
         }
@@ -358,22 +371,6 @@ fn refuse(ask: Ask) {
     }
 }
 
-async fn flush(
-    writer: &mut (impl AsyncWriteExt + Unpin),
-    unsent: VecDeque<Secret>,
-    mut written: usize,
-    why: String,
-) -> String {
-    let rest = async {
-        for bytes in unsent {
-            writer.write_all(&bytes.expose()[std::mem::take(&mut written)..]).await?;
-        }
-        writer.shutdown().await
-    };
-    let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
-    why
-}
-
 /// Plays the host until the client wants a reader, says no, and closes.
 async fn turn_away(mut stream: Stream) {
     let mut host = Host::refusing();
@@ -390,5 +387,82 @@ async fn turn_away(mut stream: Stream) {
                 _ => {}
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use tokio::net::UnixStream;
+
+    use super::*;
+    use crate::chardev::Plaintext;
+    use crate::codec::{Decoder, encode};
+    use crate::message::{Body, MAX_PAYLOAD, Message, ReaderId};
+
+    #[test]
+    fn the_log_takes_so_many_lines() {
+        let mut now = Instant::now();
+        let mut lines = Lines::new(now);
+        let told = (0..1000).filter_map(|_| lines.next(now)).collect::<Vec<_>>();
+        assert_eq!(told.len(), 64);
+        assert!(told.iter().position(|end| !end.is_empty()) == Some(63), "{told:?}");
+        now += LINES.1;
+        assert!(lines.next(now).is_some() && lines.next(now).is_none());
+        now += 1000 * LINES.1;
+        assert_eq!((0..1000).filter_map(|_| lines.next(now)).count(), 64);
+    }
+
+    /// Everything a client gets, until the host asks its card something.
+    async fn command(stream: &mut UnixStream, decoder: &mut Decoder) -> Vec<u8> {
+        let mut input = [0; 1024];
+        loop {
+            let count = stream.read(&mut input).await.unwrap();
+            let mut bytes = &input[..count];
+            while let Some(message) = decoder.decode(&mut bytes) {
+                if let Body::Apdu(apdu) = message.unwrap().body {
+                    assert!(bytes.is_empty(), "one at a time");
+                    return apdu.expose().to_vec();
+                }
+            }
+        }
+    }
+
+    async fn say(stream: &mut UnixStream, body: Body) {
+        let bytes = encode(&Message::new(ReaderId::FIRST, body)).unwrap();
+        stream.write_all(bytes.expose()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn commands_that_are_given_up_do_not_queue() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("card");
+        let endpoint = format!("unix-listen:{}", path.display()).parse().unwrap();
+        let channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.unwrap();
+        let (card, serve) = PassthruCard::new(channel, Duration::from_secs(20));
+        tokio::spawn(serve);
+        let mut client = UnixStream::connect(&path).await.unwrap();
+        let atr = Atr::t0(b"card").unwrap();
+        say(&mut client, Body::Atr(atr.as_bytes().to_vec().into())).await;
+        let mut presence = card.presence();
+        presence.changed().await;
+        let mut card = card.power_on(presence.get().insertion().unwrap()).await.unwrap();
+
+        for number in 0..100 {
+            let command = Command::parse(&[0, 0xA4, 0, number]).unwrap();
+            let mut given_up = pin!(card.transmit(&command));
+            assert!(given_up.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        }
+        let last = Command::parse(&[0, 0xB0, 0, 0]).unwrap();
+        let mut decoder = Decoder::new(MAX_PAYLOAD);
+        let (response, ()) = tokio::join!(card.transmit(&last), async {
+            assert_eq!(command(&mut client, &mut decoder).await, [0, 0xA4, 0, 0]);
+            say(&mut client, Body::Apdu([0xDE, 0xAD, 0x90, 0][..].into())).await;
+            assert_eq!(command(&mut client, &mut decoder).await, [0, 0xB0, 0, 0]);
+            say(&mut client, Body::Apdu([0xBE, 0xEF, 0x90, 0][..].into())).await;
+        });
+        assert_eq!(response.unwrap().as_bytes(), [0xBE, 0xEF, 0x90, 0]);
     }
 }

@@ -1,27 +1,19 @@
 //! Keeps a card in the guest: connects, drives the protocol, connects again.
 
-use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use vscard_protocol::chardev::{Channel, ChannelError, Stream};
+use vscard_protocol::chardev::{Channel, ChannelError, Stream, Wire};
 use vscard_protocol::client::{Client, ClientConfig, CloseReason, Input, Notice, Output, Token};
-use vscard_protocol::{Atr, CardError, CardSource, Command, Presence, PresenceWatch, Response, Secret, T0};
+use vscard_protocol::{Atr, CardError, CardSource, Command, Presence, PresenceWatch, Response, T0};
 
-/// First wait before connecting again; doubled each time.
-const FIRST_DELAY: Duration = Duration::from_millis(250);
-/// Longest wait before connecting again.
-const LAST_DELAY: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a host that does not read.
 const MOST_UNSENT: usize = 64 * 1024;
 /// Warnings about one connection.
 const MOST_WARNINGS: u32 = 64;
-/// For the last bytes to leave before the stream is closed.
-const FLUSH_WAIT: Duration = Duration::from_secs(1);
 
 /// What the user wants of a running session.
 #[derive(Debug)]
@@ -41,15 +33,6 @@ pub(crate) enum End {
     Unusable(ChannelError),
 }
 
-/// How one connection ended.
-enum Lost {
-    Left,
-    /// Tell whether the host had been reached at all.
-    Gone {
-        was_ready: bool,
-    },
-}
-
 /// Runs until the user leaves, or the first loss if `reconnect` is not wanted.
 pub(crate) async fn run(
     source: Arc<dyn CardSource>,
@@ -58,54 +41,29 @@ pub(crate) async fn run(
     reconnect: bool,
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
-    let mut delay = FIRST_DELAY;
-    let mut last_failure = String::new();
-    let listening = channel.endpoint().is_listening();
-    if listening {
+    if channel.endpoint().is_listening() {
         tracing::info!("listening on {}", channel.endpoint());
     }
     loop {
+        let stream = async { if reconnect { channel.stream().await } else { channel.stream_once().await } };
         let stream = tokio::select! {
-            stream = channel.stream() => stream,
+            stream = stream => stream,
             Some(Wish::Leave) = wishes.recv() => return End::Left,
         };
         match stream {
             Ok(stream) => {
                 tracing::debug!("{}: stream open", channel.endpoint());
                 let connection = Connection::new(stream, source.clone(), config.clone());
-                match connection.drive(wishes).await {
-                    Lost::Left => return End::Left,
-                    Lost::Gone { was_ready: true } => {
-                        delay = FIRST_DELAY;
-                        last_failure.clear();
-                    }
-                    Lost::Gone { was_ready: false } => {}
+                if connection.drive(wishes).await {
+                    return End::Left;
                 }
             }
             Err(error) if !error.is_transient() => return End::Unusable(error),
-            Err(error) => {
-                let failure = error.to_string();
-                // Once is enough to know; a host may be away for days.
-                if failure == last_failure {
-                    tracing::debug!("{failure}");
-                } else {
-                    tracing::warn!("{failure}{}", if reconnect { "; trying again" } else { "" });
-                    last_failure = failure;
-                }
-            }
+            Err(error) => tracing::warn!("{error}"),
         }
         if !reconnect {
             return End::Disconnected;
         }
-        // Whoever connects to us has a back-off of its own.
-        if listening {
-            continue;
-        }
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            Some(Wish::Leave) = wishes.recv() => return End::Left,
-        }
-        delay = (delay * 2).min(LAST_DELAY);
     }
 }
 
@@ -117,7 +75,7 @@ struct Powered {
 }
 
 struct Connection {
-    stream: Stream,
+    wire: Wire,
     /// The card as it is.
     whole: Arc<dyn CardSource>,
     /// The card as the host wants it, once that is known.
@@ -126,9 +84,6 @@ struct Connection {
     card: Option<Powered>,
     sessions: u64,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
-    unsent: VecDeque<Secret>,
-    /// Bytes of the first of `unsent` that are written.
-    written: usize,
     warnings: u32,
 }
 
@@ -154,36 +109,41 @@ enum Said {
 impl Connection {
     fn new(stream: Stream, whole: Arc<dyn CardSource>, config: ClientConfig) -> Self {
         Self {
-            stream,
+            wire: Wire::new(stream),
             whole,
             shown: None,
             client: Client::new(config, Instant::now()),
             card: None,
             sessions: 0,
             events: mpsc::channel(16),
-            unsent: VecDeque::new(),
-            written: 0,
             warnings: 0,
         }
     }
 
-    async fn drive(mut self, wishes: &mut mpsc::Receiver<Wish>) -> Lost {
-        let lost = self.run(wishes).await;
+    /// Until the connection ends; whether the user has left with it.
+    async fn drive(mut self, wishes: &mut mpsc::Receiver<Wish>) -> bool {
+        let left = self.run(wishes).await;
         self.power_off().await;
-        lost
+        self.wire.finish().await;
+        left
     }
 
-    async fn run(&mut self, wishes: &mut mpsc::Receiver<Wish>) -> Lost {
+    /// However the connection ends, a user who wanted to leave has left.
+    async fn run(&mut self, wishes: &mut mpsc::Receiver<Wish>) -> bool {
         let mut input = zeroize::Zeroizing::new([0; 16 * 1024]);
         let mut leaving = false;
         loop {
             if let Some(reason) = self.work_off().await {
-                return self.close(reason, leaving).await;
+                match &reason {
+                    CloseReason::Left => tracing::info!("left the host"),
+                    CloseReason::LeftUnacknowledged => tracing::warn!("{reason}"),
+                    _ => tracing::warn!("connection closed: {reason}"),
+                }
+                return leaving;
             }
-            let unsent: usize = self.unsent.iter().map(Secret::len).sum();
-            if unsent > MOST_UNSENT {
+            if self.wire.unsent() > MOST_UNSENT {
                 tracing::warn!("connection closed: the host does not read our answers");
-                return self.gone(leaving);
+                return leaving;
             }
             let deadline = self.client.next_deadline();
             let due = pin!(async {
@@ -198,25 +158,16 @@ impl Connection {
                     None => std::future::pending().await,
                 }
             };
-            let (mut reader, mut writer) = tokio::io::split(&mut self.stream);
-            let first = self.unsent.front().map(|bytes| &bytes.expose()[self.written..]);
             tokio::select! {
-                read = reader.read(&mut input[..]) => match read {
+                read = self.wire.read(&mut input[..]) => match read {
                     Ok(0) => {
                         tracing::warn!("the host closed the connection");
-                        return self.gone(leaving);
+                        return leaving;
                     }
                     Ok(count) => self.client.handle(Input::Received(&input[..count]), Instant::now()),
                     Err(error) => {
                         tracing::warn!("the connection broke: {error}");
-                        return self.gone(leaving);
-                    }
-                },
-                sent = writer.write(first.unwrap_or_default()), if first.is_some() => match sent {
-                    Ok(count) => self.note_written(count),
-                    Err(error) => {
-                        tracing::warn!("the connection broke: {error}");
-                        return self.gone(leaving);
+                        return leaving;
                     }
                 },
                 Some((session, said)) = self.events.1.recv() => self.card_said(session, said),
@@ -230,16 +181,11 @@ impl Connection {
         }
     }
 
-    /// However the connection ends, a user who wanted to leave has left.
-    fn gone(&self, leaving: bool) -> Lost {
-        if leaving { Lost::Left } else { Lost::Gone { was_ready: self.shown.is_some() } }
-    }
-
     /// Does what the client wants; a reason if it wants the connection closed.
     async fn work_off(&mut self) -> Option<CloseReason> {
         while let Some(output) = self.client.poll_output() {
             match output {
-                Output::Send(bytes) => self.unsent.push_back(bytes),
+                Output::Send(bytes) => self.wire.send(bytes),
                 Output::Transmit(token, command) => {
                     let taken =
                         self.card.as_ref().is_some_and(|card| card.commands.send((token, command)).is_ok());
@@ -268,34 +214,6 @@ impl Connection {
             }
         }
         None
-    }
-
-    fn note_written(&mut self, count: usize) {
-        self.written += count;
-        if self.unsent.front().is_some_and(|bytes| self.written >= bytes.len()) {
-            self.unsent.pop_front();
-            self.written = 0;
-        }
-    }
-
-    async fn close(&mut self, reason: CloseReason, leaving: bool) -> Lost {
-        match &reason {
-            CloseReason::Left => tracing::info!("left the host"),
-            CloseReason::LeftUnacknowledged => tracing::warn!("{reason}"),
-            _ => tracing::warn!("connection closed: {reason}"),
-        }
-        let flush = async {
-            while let Some(bytes) = self.unsent.pop_front() {
-                self.stream.write_all(&bytes.expose()[std::mem::take(&mut self.written)..]).await?;
-            }
-            self.stream.shutdown().await
-        };
-        match tokio::time::timeout(FLUSH_WAIT, flush).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("closing: {error}"),
-            Err(_) => tracing::debug!("closing: the host does not read"),
-        }
-        self.gone(leaving)
     }
 
     /// Shows what is in the slot now; without a host that powers the card itself, powered.

@@ -9,18 +9,24 @@
 //! ```
 
 mod endpoint;
+mod retry;
 mod stream;
+mod wire;
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host};
 
 pub use endpoint::{Endpoint, EndpointError};
 pub use stream::Stream;
+pub use wire::Wire;
+
+use retry::Retry;
 
 /// Whether a network that others can listen to may carry plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +68,14 @@ pub enum ChannelError {
         /// What the system said.
         source: io::Error,
     },
+    /// A peer cannot be let in, for want of file descriptors perhaps.
+    #[error("{endpoint}: cannot accept a connection: {source}")]
+    Accept {
+        /// The endpoint.
+        endpoint: Endpoint,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The address cannot be listened on.
     #[error("{endpoint}: cannot listen: {source}")]
     Listen {
@@ -85,6 +99,7 @@ pub struct Channel {
     endpoint: Endpoint,
     plaintext: Plaintext,
     listener: Option<Listener>,
+    retry: Retry,
 }
 
 #[derive(Debug)]
@@ -111,7 +126,7 @@ impl Channel {
     /// # Errors
     /// [`ChannelError::Listen`], [`ChannelError::Plaintext`], [`ChannelError::Resolve`].
     pub async fn open(endpoint: Endpoint, plaintext: Plaintext) -> Result<Self, ChannelError> {
-        let mut channel = Self { endpoint, plaintext, listener: None };
+        let mut channel = Self { endpoint, plaintext, listener: None, retry: Retry::new() };
         let listen = |source| ChannelError::Listen { endpoint: channel.endpoint.clone(), source };
         channel.listener = match &channel.endpoint {
             Endpoint::TcpListen { .. } => {
@@ -141,37 +156,71 @@ impl Channel {
         }
     }
 
+    /// The next stream: connects, or waits for a peer, and tries again if that fails. Safe to cancel.
+    ///
+    /// Whoever asks again has lost the stream before. Between tries there are waits of a quarter of a second, at
+    /// first, up to five seconds; a connection that has lasted a second makes them short again. A listening
+    /// endpoint waits only after a failure. What fails is told in the log, once.
+    ///
+    /// # Errors
+    /// [`ChannelError`], those that are not [transient](ChannelError::is_transient).
+    pub async fn stream(&mut self) -> Result<Stream, ChannelError> {
+        loop {
+            if let Some(at) = self.retry.due(Instant::now()) {
+                tokio::time::sleep_until(at.into()).await;
+            }
+            match self.stream_once().await {
+                Ok(stream) if self.listener.is_some() => {
+                    self.retry = Retry::new();
+                    return Ok(stream);
+                }
+                Ok(stream) => {
+                    self.retry.connected(Instant::now());
+                    return Ok(stream);
+                }
+                Err(error) if !error.is_transient() => return Err(error),
+                Err(error) => {
+                    if self.retry.failed(&error.to_string(), Instant::now()) {
+                        tracing::warn!("{error}; trying again");
+                    }
+                }
+            }
+        }
+    }
+
     /// Connects once, or waits for the next peer. Safe to cancel.
     ///
     /// Over a UNIX socket only peers of our own user and root are let in; others are told in the log.
     ///
     /// # Errors
-    /// [`ChannelError`]; [`is_transient`](ChannelError::is_transient) tells whether to try again.
-    pub async fn stream(&mut self) -> Result<Stream, ChannelError> {
-        let failed = |source| ChannelError::Connect { endpoint: self.endpoint.clone(), source };
-        match &self.listener {
-            Some(Listener::Tcp(listener)) => {
-                let (stream, _) = listener.accept().await.map_err(failed)?;
-                Stream::tcp(stream).map_err(failed)
+    /// [`ChannelError`].
+    pub async fn stream_once(&self) -> Result<Stream, ChannelError> {
+        let connect = |source| ChannelError::Connect { endpoint: self.endpoint.clone(), source };
+        let accept = |source| ChannelError::Accept { endpoint: self.endpoint.clone(), source };
+        match (&self.listener, &self.endpoint) {
+            (Some(Listener::Tcp(listener)), _) => {
+                let accepted = listener.accept().await;
+                accepted.and_then(|(stream, _)| Stream::tcp(stream)).map_err(accept)
             }
-            Some(Listener::Unix { listener, .. }) => loop {
-                let (stream, _) = listener.accept().await.map_err(failed)?;
-                let peer = stream.peer_cred().map_err(failed)?.uid();
-                if peer == 0 || peer == rustix::process::geteuid().as_raw() {
-                    return Ok(Stream::unix(stream));
-                }
-                tracing::warn!("{}: peer with user id {peer} refused", self.endpoint);
-            },
-            None => match &self.endpoint {
-                Endpoint::Unix { path } | Endpoint::UnixListen { path } => {
-                    UnixStream::connect(path).await.map(Stream::unix).map_err(failed)
-                }
-                Endpoint::Tcp { .. } | Endpoint::TcpListen { .. } => {
-                    let addresses = self.addresses().await?;
-                    let stream = TcpStream::connect(&addresses[..]).await.map_err(failed)?;
-                    Stream::tcp(stream).map_err(failed)
-                }
-            },
+            (Some(Listener::Unix { listener, .. }), _) => self.accept_own(listener).await.map_err(accept),
+            (None, Endpoint::Unix { path } | Endpoint::UnixListen { path }) => {
+                UnixStream::connect(path).await.map(Stream::unix).map_err(connect)
+            }
+            (None, Endpoint::Tcp { .. } | Endpoint::TcpListen { .. }) => {
+                let addresses = self.addresses().await?;
+                TcpStream::connect(&addresses[..]).await.and_then(Stream::tcp).map_err(connect)
+            }
+        }
+    }
+
+    async fn accept_own(&self, listener: &UnixListener) -> io::Result<Stream> {
+        loop {
+            let (stream, _) = listener.accept().await?;
+            let peer = stream.peer_cred()?.uid();
+            if peer == 0 || peer == rustix::process::geteuid().as_raw() {
+                return Ok(Stream::unix(stream));
+            }
+            tracing::warn!("{}: peer with user id {peer} refused", self.endpoint);
         }
     }
 
@@ -255,6 +304,22 @@ mod tests {
         let listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
         exchange(listen, endpoint(&format!("unix:{}", path.display()))).await;
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_not_there_yet_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("card.sock").display().to_string();
+        let mut connect =
+            Channel::open(endpoint(&format!("unix:{path}")), Plaintext::LoopbackOnly).await.unwrap();
+        assert!(matches!(connect.stream_once().await, Err(ChannelError::Connect { .. })));
+        let mut waiting = Box::pin(connect.stream());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        let listening = endpoint(&format!("unix-listen:{path}"));
+        let mut listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
+        let (connected, accepted) = tokio::join!(waiting, listen.stream());
+        assert!(connected.is_ok() && accepted.is_ok());
     }
 
     #[tokio::test]

@@ -37,6 +37,8 @@ impl Stream {
 }
 
 /// A peer whose machine is gone is noticed within half a minute: it must not hold a card or a reader for ever.
+/// Probes are for an idle connection; while data is on its way there are none, and the kernel would send it again
+/// for a quarter of an hour.
 fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     #[cfg(target_os = "linux")]
@@ -44,6 +46,7 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
         sockopt::set_tcp_keepidle(stream, Duration::from_secs(10))?;
         sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
         sockopt::set_tcp_keepcnt(stream, 4)?;
+        sockopt::set_tcp_user_timeout(stream, 30_000)?;
     }
     Ok(())
 }
