@@ -80,12 +80,7 @@ pub(crate) async fn run(
     }
 }
 
-async fn show(
-    source: Arc<dyn CardSource>,
-    endpoint: Endpoint,
-    plaintext: Plaintext,
-    reconnect: bool,
-) -> End {
+async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaintext, reconnect: bool) -> End {
     let mut presence = source.presence();
     loop {
         let Presence::Present { insertion, atr, limits } = presence.get() else {
@@ -242,3 +237,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.stream.write_all(&frame).await
     }
 }
+
+#[cfg(test)]
+mod tests;
