@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use emulated_card::certificates::CertificateCard;
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
-use crate::legacy;
+use crate::{legacy, vpcd};
 
 const LONG_ABOUT: &str = "\
 Puts a smartcard into a virtual machine: up to ten certificates of an NSS database appear as a CAC in the guest \
@@ -110,7 +110,8 @@ pub(crate) struct Serve {
     /// Verbosity: 0, 1 to 10 for details, above 10 for everything
     #[arg(short = 'd', value_name = "LEVEL", default_value = "0")]
     debug: String,
-    /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; or HOST PORT as for the old vscclient
+    /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; vpcd:[HOST[:PORT]][,slot=N] for this
+    /// host's own pcscd; or HOST PORT as for the old vscclient
     #[arg(value_name = "ENDPOINT", num_args = 1..=2, required = true)]
     endpoint: Vec<String>,
 }
@@ -191,10 +192,16 @@ impl Serve {
         let text = match self.endpoint.as_slice() {
             [host, port] if host.contains(':') => format!("tcp:[{host}]:{port}"),
             [host, port] => format!("tcp:{host}:{port}"),
+            [endpoint] if self.is_vpcd() => return vpcd::endpoint(endpoint),
             [endpoint] => endpoint.clone(),
             _ => return Err("the endpoint is missing".into()),
         };
         text.parse().map_err(|error: vscard_protocol::chardev::EndpointError| error.to_string())
+    }
+
+    /// Whether the card is for the host's own pcscd.
+    pub(crate) fn is_vpcd(&self) -> bool {
+        matches!(self.endpoint.as_slice(), [endpoint] if endpoint.starts_with(vpcd::PREFIX))
     }
 
     pub(crate) fn plaintext(&self) -> Plaintext {

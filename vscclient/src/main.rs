@@ -6,6 +6,7 @@ mod console;
 mod legacy;
 mod log;
 mod session;
+mod vpcd;
 
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -100,6 +101,10 @@ async fn run(channel: Channel, card: OpenCard, spec: &CardSpec, serve: &Serve, l
     Console { slot: slot.clone(), reader: spec.reader.clone(), level, wishes }.start();
     let source: Arc<dyn CardSource> =
         if serve.trace { Arc::new(Traced::new(slot.clone(), log::trace_sink())) } else { slot.clone() };
+    if serve.is_vpcd() {
+        let endpoint = channel.endpoint().clone();
+        return vpcd::run(source, endpoint, serve.plaintext(), !serve.no_reconnect, &mut wanted).await;
+    }
     let config = ClientConfig::new(spec.reader.clone());
     session::run(source, channel, config, !serve.no_reconnect, &mut wanted).await
 }

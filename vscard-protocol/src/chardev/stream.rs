@@ -34,6 +34,14 @@ impl Stream {
     pub(super) fn unix(stream: UnixStream) -> Self {
         Self(Socket::Unix(stream))
     }
+
+    /// The TCP socket, set up for short messages, with `TCP_QUICKACK` left to the caller; `None` if it is none.
+    pub fn into_tcp(self) -> Option<TcpStream> {
+        match self.0 {
+            Socket::Tcp(stream) => Some(stream),
+            Socket::Unix(_) => None,
+        }
+    }
 }
 
 /// A peer whose machine is gone is noticed within half a minute: it must not hold a card or a reader for ever.
