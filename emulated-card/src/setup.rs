@@ -1,8 +1,9 @@
-//! A card of certificates in an NSS database, with all that is around it: its PIN, its state on disk, its identity.
-//!
-//! What the programs' options ask for becomes a [`CertificateCard`], which opens the card or says why not.
+//! What the programs' options ask for: [`CardSetup`] opens a card, with all that is around it (its PIN, its state on
+//! disk, its identity), or says why not. [`RawSetup`] does so for a card in a host reader.
 
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,37 +12,116 @@ use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::{KeyStore, UnlockError};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
-use crate::slot;
+use crate::slot::{self, PivSlot};
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
+use crate::tries::KeepTries;
 use thiserror::Error;
-use vscard_protocol::Secret;
+use vscard_protocol::{CardSource, Secret};
+
+/// A certificate that is wanted on the card: `NAME`, or `SLOT=NAME` with a PIV slot such as `9a`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The slot it is to have; by default its key usage says.
+    pub slot: Option<PivSlot>,
+    /// Its name in the key store.
+    pub name: String,
+}
+
+impl FromStr for Wanted {
+    type Err = Infallible;
+
+    /// What stands before an equals sign and is no slot belongs to the name.
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        let with_slot = text.split_once('=').and_then(|(slot, name)| Some((slot.parse().ok()?, name)));
+        Ok(match with_slot {
+            Some((slot, name)) => Self { slot: Some(slot), name: name.to_owned() },
+            None => Self { slot: None, name: text.to_owned() },
+        })
+    }
+}
+
+/// Where keys and certificates come from.
+#[derive(Clone, Debug)]
+pub enum Keys {
+    /// An NSS database, by its directory, with or without `sql:`.
+    Database(String),
+    /// Files: pairs of a certificate and its key (or one file with both), and PKCS#12 files.
+    Files {
+        /// PEM files.
+        pem: Vec<PemFiles>,
+        /// PKCS#12 files.
+        p12: Vec<PathBuf>,
+    },
+    /// A token, such as a card in a reader that a PKCS#11 module drives: hardware mode.
+    Token(TokenConfig),
+}
 
 /// Which card is wanted, and what PIN it has.
-#[derive(Clone, Debug, Default)]
-pub struct CertificateCard {
-    /// Directory of the NSS database, with or without `sql:`.
-    pub db: String,
-    /// Nicknames of 1 to 10 certificates.
-    pub certificates: Vec<String>,
+#[derive(Clone, Debug)]
+pub struct CardSetup {
+    /// Where its keys are.
+    pub keys: Keys,
+    /// Certificates of an NSS database: those to be on the card. Of files and tokens: what slots they get; all are
+    /// on the card.
+    pub certificates: Vec<Wanted>,
+    /// As what it shows itself.
+    pub profile: Profile,
     /// Tells cards with the same certificates apart.
     pub card_name: String,
     /// File with the PIN that a new card gets for its own; without one the PIN is the database's password.
     pub pin_file: Option<PathBuf>,
-    /// File with the database's password, for a card with a PIN of its own or none.
+    /// File with the PUK that a new card with a PIN of its own gets.
+    pub puk_file: Option<PathBuf>,
+    /// File with the password of the database or key files, for a card with a PIN of its own or none.
     pub password_file: Option<PathBuf>,
     /// Any PIN is right.
     pub no_pin: bool,
     /// A verified PIN is forgotten after this much idle time.
     pub forget_pin: Option<Duration>,
+    /// Tries of the PIN that the guest cannot use; by default 1 for a token, and 0 for others.
+    pub keep_tries: Option<u8>,
+    /// Where its state is kept, if not with the user's other cards.
+    pub state: Option<PathBuf>,
     /// What stands before an option's name where the user writes it: `--` or nothing.
     pub prefix: &'static str,
 }
 
-/// A card, not inserted yet, and its claim on its identity, which it keeps as long as this lives.
+impl Default for CardSetup {
+    fn default() -> Self {
+        Self {
+            keys: Keys::Database("/etc/pki/nssdb".into()),
+            certificates: Vec::new(),
+            profile: Profile::default(),
+            card_name: String::new(),
+            pin_file: None,
+            puk_file: None,
+            password_file: None,
+            no_pin: false,
+            forget_pin: None,
+            keep_tries: None,
+            state: None,
+            prefix: "",
+        }
+    }
+}
+
+/// A card in a host reader that is passed through as it is.
+#[derive(Clone, Debug)]
+pub struct RawSetup {
+    /// Which reader, and how it is shared.
+    pub config: PcscConfig,
+    /// Tries of the PIN that the guest cannot use; 1 by default.
+    pub keep_tries: Option<u8>,
+}
+
+/// A card, and its claim on its identity, which it keeps as long as this lives.
 pub struct OpenCard {
-    /// The card.
-    pub slot: Arc<CardSlot>,
-    _claim: CardClaim,
+    /// Where the card is powered.
+    pub source: Arc<dyn CardSource>,
+    /// The slot of a card that can be inserted and removed here, not inserted yet; a token or a card in a host
+    /// reader comes and goes by itself.
+    pub slot: Option<Arc<CardSlot>>,
+    _claim: Option<CardClaim>,
 }
 
 /// Why there is no card. The messages name the option, file or directory.
@@ -165,9 +245,7 @@ impl CertificateCard {
                 std::process::abort();
             }
         });
-        let slots = slot::assign(store.certificates(), &[]).map_err(CardBuildError::from)?;
-        let options = CardOptions { profile: Profile::Cac, slots };
-        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, random)?;
+        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, random)?;
         let slot = CardSlot::new(card).map_err(SetupError::Thread)?;
         slot.forget_pin(self.forget_pin);
         Ok(OpenCard { slot: Arc::new(slot), _claim: claim })
