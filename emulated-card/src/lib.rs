@@ -10,3 +10,5 @@ pub mod pin;
 pub mod shell;
 pub mod state;
 mod tlv;
+#[cfg(all(unix, feature = "nss"))]
+pub mod token;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use argon2::password_hash::{Output, ParamsString, PasswordHash, SaltString};
 use argon2::{ARGON2ID_IDENT, Algorithm, Argon2, Block, Params, Version};
@@ -100,6 +100,7 @@ enum Kind {
     Card { record: Record, store_password: Secret },
     Any { store_password: Secret },
     Memory(Mutex<Contents>),
+    Token { contents: Mutex<Contents>, store: Arc<dyn KeyStore> },
 }
 
 impl ReferenceData {
@@ -171,6 +172,12 @@ impl ReferenceData {
         Self::new(Kind::Memory(Mutex::default()), tries)
     }
 
+    /// The PIN is that of the token that `store` is, which counts the tries itself. As it does not tell how many are
+    /// left, they are counted in memory, too, and what it does tell ([`KeyStore::tries_hint`]) may lower that.
+    pub fn of_token(store: Arc<dyn KeyStore>, tries: u8) -> Self {
+        Self::new(Kind::Token { contents: Mutex::default(), store }, tries)
+    }
+
     fn new(kind: Kind, tries: u8) -> Self {
         Self { kind, tries: tries.clamp(1, 15) }
     }
@@ -190,9 +197,18 @@ impl ReferenceData {
             Kind::Memory(contents) => {
                 self.count(&mut lock(contents), |_| store.unlock(pin).map_err(Failure::from))
             }
-            Kind::Database(_) if !store.needs_secret() => {
+            Kind::Database(_) | Kind::Token { .. } if !store.needs_secret() => {
                 // Such a store takes any PIN; a card over it must not, unless told to.
-                Err(PinError::NotChecked("the database has no password to compare the PIN with".into()))
+                Err(PinError::NotChecked("the key store has no password to compare the PIN with".into()))
+            }
+            Kind::Token { contents, store } => {
+                let outcome = self.count(&mut lock(contents), |_| store.unlock(pin).map_err(Failure::from));
+                outcome.map_err(|error| match error {
+                    PinError::Wrong { left } => {
+                        PinError::Wrong { left: store.tries_hint().map_or(left, |hint| hint.min(left)) }
+                    }
+                    error => error,
+                })
             }
             Kind::Database(record) => {
                 self.count(&mut record.lock()?, |_| store.unlock(pin).map_err(Failure::from))
@@ -254,10 +270,8 @@ impl ReferenceData {
             Kind::Any { store_password } | Kind::Card { store_password, .. } => {
                 unlock_by_host(store, store_password).map_err(PinError::NotChecked)
             }
-            Kind::Memory(_) | Kind::Database(_) if store.needs_secret() => Err(PinError::NotSupported),
-            Kind::Memory(_) | Kind::Database(_) => {
-                unlock_by_host(store, &Secret::default()).map_err(PinError::NotChecked)
-            }
+            _ if store.needs_secret() => Err(PinError::NotSupported),
+            _ => unlock_by_host(store, &Secret::default()).map_err(PinError::NotChecked),
         }
     }
 
@@ -269,6 +283,10 @@ impl ReferenceData {
         let contents = match &self.kind {
             Kind::Any { .. } => Contents::default(),
             Kind::Memory(contents) => lock(contents).clone(),
+            Kind::Token { contents, store } => {
+                let left = self.left(&lock(contents));
+                return Ok(store.tries_hint().map_or(left, |hint| hint.min(left)));
+            }
             Kind::Database(record) | Kind::Card { record, .. } => record.read_existing()?,
         };
         Ok(self.left(&contents))
@@ -282,7 +300,7 @@ impl ReferenceData {
     pub fn reset_tries(&self) -> Result<bool, StateError> {
         match &self.kind {
             Kind::Any { .. } => Ok(false),
-            Kind::Memory(contents) => Ok(lock(contents).left.take().is_some()),
+            Kind::Memory(contents) | Kind::Token { contents, .. } => Ok(lock(contents).left.take().is_some()),
             Kind::Database(record) | Kind::Card { record, .. } => {
                 record.read_existing()?;
                 reset(record)
