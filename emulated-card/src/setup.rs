@@ -8,12 +8,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::card::{CardBuildError, CardOptions, EmulatedCard, Profile};
+use crate::keys::nss::module::{Module, ModuleError};
 use crate::keys::nss::{NssDatabase, OpenError};
+use crate::keys::pem::{self, PemSource, PemStore};
 use crate::keys::{KeyStore, UnlockError};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
-use crate::slot::{self, PivSlot};
+use crate::slot::{self, PivSlot, SlotError};
+use crate::pcsc::{PcscConfig, PcscSource};
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
+use crate::token::{TokenCard, TokenCardError};
 use crate::tries::KeepTries;
 use thiserror::Error;
 use vscard_protocol::{CardSource, Secret};
@@ -45,15 +49,17 @@ impl FromStr for Wanted {
 pub enum Keys {
     /// An NSS database, by its directory, with or without `sql:`.
     Database(String),
-    /// Files: pairs of a certificate and its key (or one file with both), and PKCS#12 files.
-    Files {
-        /// PEM files.
-        pem: Vec<PemFiles>,
-        /// PKCS#12 files.
-        p12: Vec<PathBuf>,
-    },
+    /// PEM and PKCS#12 files.
+    Files(Vec<PemSource>),
     /// A token, such as a card in a reader that a PKCS#11 module drives: hardware mode.
-    Token(TokenConfig),
+    Token {
+        /// PKCS#11 modules.
+        modules: Vec<PathBuf>,
+        /// Directory of an NSS database, for the modules its pkcs11.txt lists.
+        db: Option<String>,
+        /// The token's label or serial number; by default it is the only one.
+        token: Option<String>,
+    },
 }
 
 /// Which card is wanted, and what PIN it has.
@@ -130,6 +136,15 @@ pub enum SetupError {
     /// The database or a certificate in it is not usable.
     #[error(transparent)]
     Database(#[from] OpenError),
+    /// A file with keys or certificates is not usable.
+    #[error(transparent)]
+    Files(#[from] pem::OpenError),
+    /// A PKCS#11 module is not usable.
+    #[error(transparent)]
+    Module(#[from] ModuleError),
+    /// The token is not usable.
+    #[error(transparent)]
+    Token(#[from] TokenCardError),
     /// The state on disk is not usable, or the card is open elsewhere.
     #[error(transparent)]
     State(#[from] StateError),
@@ -154,16 +169,16 @@ pub enum SetupError {
         /// What is wrong with the PIN.
         source: CardPinError,
     },
-    /// Neither the database nor the card would have a PIN.
+    /// Neither the keys nor the card would have a PIN.
     #[error(
-        "the database {} has no password, so anyone in the guest could use its keys: give the card a PIN of its \
-         own with {prefix}pin-file, or say {prefix}no-pin",
-        database.display()
+        "the keys in {} have no password that could be the PIN, so anyone in the guest could use them: give the \
+         card a PIN of its own with {prefix}pin-file, or say {prefix}no-pin",
+        place.display()
     )]
     NoPassword {
-        /// The database.
-        database: PathBuf,
-        /// As in [`CertificateCard::prefix`].
+        /// The database or file.
+        place: PathBuf,
+        /// As in [`CardSetup::prefix`].
         prefix: &'static str,
     },
     /// The database has a password that the PIN is not.
@@ -177,7 +192,7 @@ pub enum SetupError {
         database: PathBuf,
         /// What makes it necessary.
         card: String,
-        /// As in [`CertificateCard::prefix`].
+        /// As in [`CardSetup::prefix`].
         prefix: &'static str,
     },
     /// A password that nothing would use.
@@ -185,6 +200,12 @@ pub enum SetupError {
         "{0}password-file goes with {0}pin-file or {0}no-pin; without them the PIN is the database's password"
     )]
     PasswordUnused(&'static str),
+    /// A PUK that no PIN goes with.
+    #[error("{0}puk-file goes with {0}pin-file: only a PIN of the card's own can be unblocked")]
+    PukUnused(&'static str),
+    /// A token has its own PIN.
+    #[error("{0} does not go with a token, which has a PIN of its own")]
+    TokenPin(String),
     /// The database does not take the password.
     #[error("{option} {}: {source} (database {})", file.display(), database.display())]
     WrongPassword {
@@ -199,45 +220,168 @@ pub enum SetupError {
     },
     /// No counter is on disk.
     #[error(
-        "no PIN of {} has been tried, so none is blocked; if a card has a PIN of its own, name all its \
-         certificates with --cert, and its --card-name",
+        "no PIN of {} has been tried, so none is blocked; if a card has a PIN of its own, name its certificates \
+         and name as when it was made",
         .0.display()
     )]
     NothingToUnlock(PathBuf),
-    /// The database's directory cannot be found.
-    #[error("the database {}: {source}", database.display())]
-    NoDatabase {
+    /// A token's tries are the token's.
+    #[error("a token counts its tries itself, and is unblocked with its own tools")]
+    TokenCounts,
+    /// The database's directory, or a file, cannot be found.
+    #[error("{}: {source}", path.display())]
+    NotFound {
         /// What was given.
-        database: PathBuf,
+        path: PathBuf,
         /// What the system said.
         source: std::io::Error,
     },
-    /// The card's thread cannot be started.
+    /// The system gives no thread.
     #[error("the system gives no thread for the card: {0}")]
     Thread(std::io::Error),
 }
 
-impl CertificateCard {
-    /// Opens the database, claims the card's identity and makes the card.
+/// A key store, and the path by which its cards' state is found.
+struct Opened {
+    store: Arc<dyn KeyStore>,
+    place: PathBuf,
+}
+
+impl CardSetup {
+    /// Opens the keys, claims the card's identity and makes the card.
     ///
     /// # Errors
     /// [`SetupError`]; there is never a smaller card than the one asked for.
     pub fn open(&self) -> Result<OpenCard, SetupError> {
-        let store = NssDatabase::open(&self.db, &self.certificates)?;
-        let database = store.path().to_owned();
-        let id = CardId::derive(store.certificates(), &self.card_name);
-        let directory = StateDirectory::of_user()?;
-        let claim = directory.claim(&database, &id)?;
-        let reference = self.reference_data(&store, &database, &directory, &claim)?;
-        for certificate in store.certificates() {
-            tracing::debug!("certificate {:?}, {}", certificate.name, certificate.kind);
+        if let Keys::Token { modules, db, token } = &self.keys {
+            return self.open_token(modules, db.as_deref(), token.clone());
         }
+        let Opened { store, place } = self.open_store()?;
+        let id = CardId::derive(store.certificates(), &self.card_name);
+        let directory = self.state_directory()?;
+        let claim = directory.claim(&place, &id)?;
+        let reference = self.reference_data(&*store, &place, &directory, &claim)?;
         // Known now rather than when the user wonders why no PIN is right.
         match reference.tries_left() {
             Ok(0) => tracing::warn!("the PIN is blocked; `vscclient unlock` gives it its tries back"),
             Ok(_) => {}
             Err(error) => tracing::warn!("every PIN will be refused: {error}"),
         }
+        let card = self.make(store, reference, id)?;
+        let slot = CardSlot::new(card).map_err(SetupError::Thread)?;
+        slot.forget_pin(self.forget_pin);
+        let slot = Arc::new(slot);
+        let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0));
+        Ok(OpenCard { source, slot: Some(slot), _claim: Some(claim) })
+    }
+
+    /// Gives a blocked PIN (and PUK) all its tries back, even while the card is open; says what was done. A card with
+    /// a PIN of its own is found by all its certificates and its name; else the PIN is that of the database.
+    ///
+    /// # Errors
+    /// [`SetupError::NothingToUnlock`], or state that cannot be read or written.
+    pub fn unlock(&self) -> Result<String, SetupError> {
+        let directory = self.state_directory()?;
+        let database = match &self.keys {
+            Keys::Token { .. } => return Err(SetupError::TokenCounts),
+            Keys::Database(db) => Some(canonical(Path::new(db.strip_prefix("sql:").unwrap_or(db)))?),
+            Keys::Files(_) => None,
+        };
+        if database.is_none() || !self.certificates.is_empty() {
+            let Opened { store, place } = self.open_store()?;
+            let id = CardId::derive(store.certificates(), &self.card_name);
+            if ReferenceData::reset_card_tries(&directory, &place, &id)? {
+                return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
+            }
+            if database.is_none() {
+                return Err(SetupError::NothingToUnlock(place));
+            }
+        }
+        let database = database.unwrap_or_default();
+        if !ReferenceData::of_database(&directory, &database, DEFAULT_TRIES).reset_tries()? {
+            return Err(SetupError::NothingToUnlock(database));
+        }
+        Ok(format!("the PIN of {} has {DEFAULT_TRIES} tries again", database.display()))
+    }
+
+    fn state_directory(&self) -> Result<StateDirectory, StateError> {
+        self.state.as_ref().map_or_else(StateDirectory::of_user, |path| Ok(StateDirectory::at(path)))
+    }
+
+    fn open_store(&self) -> Result<Opened, SetupError> {
+        match &self.keys {
+            Keys::Database(db) => {
+                let names: Vec<_> = self.certificates.iter().map(|wanted| wanted.name.clone()).collect();
+                let store = NssDatabase::open(db, &names)?;
+                let place = store.path().to_owned();
+                Ok(Opened { store: Arc::new(store), place })
+            }
+            Keys::Files(sources) => {
+                let password =
+                    self.password_file.as_ref().map(|file| self.read_secret("password-file", file)).transpose()?;
+                let store = PemStore::open(sources, password.as_ref())?;
+                // There is one, or it would not have opened.
+                let first = sources.first().map(|source| match source {
+                    PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => path.as_path(),
+                });
+                Ok(Opened { store: Arc::new(store), place: canonical(first.unwrap_or(Path::new("")))? })
+            }
+            Keys::Token { .. } => Err(SetupError::TokenCounts),
+        }
+    }
+
+    fn open_token(
+        &self,
+        modules: &[PathBuf],
+        db: Option<&str>,
+        token: Option<String>,
+    ) -> Result<OpenCard, SetupError> {
+        let prefix = self.prefix;
+        for (name, given) in [
+            ("pin-file", self.pin_file.is_some()),
+            ("puk-file", self.puk_file.is_some()),
+            ("password-file", self.password_file.is_some()),
+            ("no-pin", self.no_pin),
+        ] {
+            if given {
+                return Err(SetupError::TokenPin(format!("{prefix}{name}")));
+            }
+        }
+        let mut loaded = modules.iter().map(|module| Module::load(module)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(db) = db {
+            loaded.extend(Module::of_directory(db)?);
+        }
+        let setup = self.clone();
+        let make = move |store: Arc<_>| {
+            let store: Arc<dyn KeyStore> = store;
+            let id = CardId::derive(store.certificates(), &setup.card_name);
+            let reference = ReferenceData::of_token(store.clone(), DEFAULT_TRIES);
+            Ok(setup.make(store, reference, id)?)
+        };
+        let card =
+            TokenCard::open(&loaded, token, self.state_directory()?, self.forget_pin, Box::new(make))?;
+        let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
+        Ok(OpenCard { source, slot: None, _claim: None })
+    }
+
+    fn make(
+        &self,
+        store: Arc<dyn KeyStore>,
+        reference: ReferenceData,
+        id: CardId,
+    ) -> Result<EmulatedCard, CardBuildError> {
+        let explicit: Vec<_> = self
+            .certificates
+            .iter()
+            .filter_map(|wanted| Some((wanted.slot?, wanted.name.clone())))
+            .collect();
+        let slots = slot::assign(store.certificates(), &explicit)?;
+        for (slot, index) in &slots {
+            if let Some(certificate) = store.certificates().get(*index) {
+                tracing::debug!("slot {slot}: certificate {:?}, {}", certificate.name, certificate.kind);
+            }
+        }
+        let options = CardOptions { profile: self.profile, slots };
         let random = Box::new(|bytes: &mut [u8]| {
             if let Err(error) = getrandom::fill(bytes) {
                 // Without randomness a challenge of zeros would be a lie.
@@ -245,60 +389,36 @@ impl CertificateCard {
                 std::process::abort();
             }
         });
-        let card = EmulatedCard::new(Arc::new(store), Arc::new(reference), id, random)?;
-        let slot = CardSlot::new(card).map_err(SetupError::Thread)?;
-        slot.forget_pin(self.forget_pin);
-        Ok(OpenCard { slot: Arc::new(slot), _claim: claim })
-    }
-
-    /// Gives the PIN all its tries back, even while the card is open; says what was done. With certificates
-    /// named, that of the card if it has a PIN of its own; else that of the database.
-    ///
-    /// # Errors
-    /// [`SetupError::NothingToUnlock`], or state that cannot be read or written.
-    pub fn unlock(&self) -> Result<String, SetupError> {
-        let directory = StateDirectory::of_user()?;
-        let path = self.db.strip_prefix("sql:").unwrap_or(&self.db);
-        let database = std::fs::canonicalize(path)
-            .map_err(|source| SetupError::NoDatabase { database: path.into(), source })?;
-        if !self.certificates.is_empty() {
-            let store = NssDatabase::open(&self.db, &self.certificates)?;
-            let id = CardId::derive(store.certificates(), &self.card_name);
-            if ReferenceData::reset_card_tries(&directory, &database, &id)? {
-                return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
-            }
-        }
-        if !ReferenceData::of_database(&directory, &database, DEFAULT_TRIES).reset_tries()? {
-            return Err(SetupError::NothingToUnlock(database));
-        }
-        Ok(format!("the PIN of {} has {DEFAULT_TRIES} tries again", database.display()))
+        EmulatedCard::new(store, Arc::new(reference), id, options, random)
     }
 
     fn reference_data(
         &self,
-        store: &NssDatabase,
-        database: &Path,
+        store: &dyn KeyStore,
+        place: &Path,
         directory: &StateDirectory,
         claim: &CardClaim,
     ) -> Result<ReferenceData, SetupError> {
         let prefix = self.prefix;
+        let is_database = matches!(self.keys, Keys::Database(_));
         let password = |card: &str| match &self.password_file {
             None if store.needs_secret() => {
-                let (database, card) = (database.to_owned(), card.to_owned());
+                let (database, card) = (place.to_owned(), card.to_owned());
                 Err(SetupError::PasswordNeeded { database, card, prefix })
             }
-            None => Ok(Secret::default()),
-            Some(file) => {
+            // That of key files was for reading them.
+            Some(file) if is_database => {
                 let password = self.read_secret("password-file", file)?;
                 // Better said now than by a card that fails every VERIFY.
                 store.unlock(&password).map_err(|source| SetupError::WrongPassword {
                     option: format!("{prefix}password-file"),
                     file: file.clone(),
-                    database: database.to_owned(),
+                    database: place.to_owned(),
                     source,
                 })?;
                 Ok(password)
             }
+            _ => Ok(Secret::default()),
         };
         if self.no_pin {
             let password = password(&format!("{prefix}no-pin"))?;
@@ -308,37 +428,92 @@ impl CertificateCard {
             return Ok(ReferenceData::any(password));
         }
         if self.pin_file.is_some() || ReferenceData::card_has_pin(directory, claim)? {
-            let initial = match &self.pin_file {
-                Some(file) => {
-                    let pin = self.read_secret("pin-file", file)?;
-                    pin::check_card_pin(&pin).map_err(|source| SetupError::Pin {
-                        option: format!("{prefix}pin-file"),
-                        file: file.clone(),
-                        source,
-                    })?;
-                    Some(pin)
-                }
-                None => None,
-            };
+            let pin = self.initial("pin-file", self.pin_file.as_ref(), pin::check_card_pin)?;
+            let puk = self.initial("puk-file", self.puk_file.as_ref(), pin::check_puk)?;
             let password = password("a PIN of its own")?;
-            let (reference, used, _) =
-                ReferenceData::of_card(directory, claim, initial.as_ref(), None, password, DEFAULT_TRIES)?;
-            if used == Initial::Ignored {
-                tracing::warn!("{prefix}pin-file is ignored: this card has its PIN already");
+            let (reference, pin, puk) = ReferenceData::of_card(
+                directory,
+                claim,
+                pin.as_ref(),
+                puk.as_ref(),
+                password,
+                DEFAULT_TRIES,
+            )?;
+            for (option, what, used) in [("pin-file", "PIN", pin), ("puk-file", "PUK", puk)] {
+                if used == Initial::Ignored {
+                    tracing::warn!("{prefix}{option} is ignored: this card has its {what} already");
+                }
             }
             return Ok(reference);
         }
+        if self.puk_file.is_some() {
+            return Err(SetupError::PukUnused(prefix));
+        }
         if !store.needs_secret() {
-            return Err(SetupError::NoPassword { database: database.to_owned(), prefix });
+            return Err(SetupError::NoPassword { place: place.to_owned(), prefix });
         }
         if self.password_file.is_some() {
             return Err(SetupError::PasswordUnused(prefix));
         }
-        Ok(ReferenceData::of_database(directory, database, DEFAULT_TRIES))
+        Ok(ReferenceData::of_database(directory, place, DEFAULT_TRIES))
+    }
+
+    /// The first PIN or PUK of a card, from a file.
+    fn initial(
+        &self,
+        option: &str,
+        file: Option<&PathBuf>,
+        check: fn(&Secret) -> Result<(), CardPinError>,
+    ) -> Result<Option<Secret>, SetupError> {
+        let Some(file) = file else { return Ok(None) };
+        let secret = self.read_secret(option, file)?;
+        check(&secret).map_err(|source| SetupError::Pin {
+            option: format!("{}{option}", self.prefix),
+            file: file.clone(),
+            source,
+        })?;
+        Ok(Some(secret))
     }
 
     fn read_secret(&self, option: &str, file: &Path) -> Result<Secret, SetupError> {
         let option = format!("{}{option}", self.prefix);
         pin::read_secret_file(file).map_err(|source| SetupError::SecretFile { option, source })
+    }
+}
+
+impl RawSetup {
+    /// Watches the reader; the card may come later.
+    ///
+    /// # Errors
+    /// [`SetupError::Thread`].
+    pub fn open(&self) -> Result<OpenCard, SetupError> {
+        let card = PcscSource::open(self.config.clone()).map_err(SetupError::Thread)?;
+        let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
+        Ok(OpenCard { source, slot: None, _claim: None })
+    }
+}
+
+fn keep_tries(source: Arc<dyn CardSource>, keep: u8) -> Arc<dyn CardSource> {
+    if keep == 0 { source } else { Arc::new(KeepTries::new(source, keep)) }
+}
+
+fn canonical(path: &Path) -> Result<PathBuf, SetupError> {
+    std::fs::canonicalize(path).map_err(|source| SetupError::NotFound { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_stands_before_a_name() {
+        let wanted = |text: &str| match text.parse::<Wanted>() {
+            Ok(Wanted { slot, name }) => (slot.map(|slot| slot.to_string()), name),
+            Err(never) => match never {},
+        };
+        assert_eq!(wanted("9a=id"), (Some("9a".into()), "id".into()));
+        assert_eq!(wanted("id"), (None, "id".into()));
+        assert_eq!(wanted("CN=id"), (None, "CN=id".into()));
+        assert_eq!(wanted("82=a=b"), (Some("82".into()), "a=b".into()));
     }
 }

@@ -51,6 +51,12 @@ pub enum StateError {
         /// The beginning of its [`CardId`].
         card: String,
     },
+    /// Another process, or this one, has a card on this token.
+    #[error("the token {token} is in use already, by another card")]
+    TokenInUse {
+        /// The token's description.
+        token: String,
+    },
     /// Another process is in the middle of VERIFY, and did not end it in time.
     #[error("{} is locked by another process", path.display())]
     Locked {
@@ -162,8 +168,27 @@ impl StateDirectory {
     /// # Errors
     /// [`StateError::InUse`] while another opener, in this process or another, holds the same card.
     pub fn claim(&self, database: &Path, id: &CardId) -> Result<CardClaim, StateError> {
+        match self.lock_claim(&card_stem(database, id))? {
+            Some(lock) => Ok(CardClaim { _lock: lock, database: database.to_owned(), id: id.clone() }),
+            None => Err(StateError::InUse { database: database.to_owned(), card: hex(&id.0[..4]) }),
+        }
+    }
+
+    /// Claims the token that `token` describes, for as long as the result lives.
+    ///
+    /// # Errors
+    /// [`StateError::TokenInUse`] while another card, in this process or another, is on it.
+    pub fn claim_token(&self, token: &str) -> Result<TokenClaim, StateError> {
+        match self.lock_claim(&format!("token-{}", stem_of(Path::new(token), b"")))? {
+            Some(lock) => Ok(TokenClaim { _lock: lock }),
+            None => Err(StateError::TokenInUse { token: token.to_owned() }),
+        }
+    }
+
+    /// `None` while another has that lock.
+    fn lock_claim(&self, stem: &str) -> Result<Option<FileLock>, StateError> {
         let directory = self.open_or_create()?;
-        let name = format!("{}.claim", card_stem(database, id));
+        let name = format!("{stem}.claim");
         // The card can be claimed (not verified) where nothing can be written, if it was claimed there before.
         let file = match directory.open_lock_file(&name, OFlags::RDWR) {
             Err(StateError::Io { source, .. })
@@ -173,11 +198,8 @@ impl StateDirectory {
             }
             other => other?,
         };
-        if try_lock(&file).map_err(|source| directory.io_error(&name, "lock", source))? {
-            Ok(CardClaim { _lock: FileLock(file), database: database.to_owned(), id: id.clone() })
-        } else {
-            Err(StateError::InUse { database: database.to_owned(), card: hex(&id.0[..4]) })
-        }
+        let locked = try_lock(&file).map_err(|source| directory.io_error(&name, "lock", source))?;
+        Ok(locked.then(|| FileLock(file)))
     }
 
     fn open_or_create(&self) -> Result<Directory, StateError> {
@@ -260,6 +282,12 @@ impl CardClaim {
     pub fn database(&self) -> &Path {
         &self.database
     }
+}
+
+/// A card's hold on a token, from [`StateDirectory::claim_token`]. Dropping it lets another card have the token.
+#[derive(Debug)]
+pub struct TokenClaim {
+    _lock: FileLock,
 }
 
 /// What a state file says.

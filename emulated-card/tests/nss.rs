@@ -6,46 +6,33 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use emulated_card::keys::nss::{NssDatabase, OpenError};
-use emulated_card::keys::{KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
+use emulated_card::keys::{Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
+use openssl_tool::{make_certificate, openssl, peer, run, verify_ecdsa};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 use vscard_protocol::Secret;
 
-const PASSWORD: &str = "card password";
+#[path = "common/openssl_tool.rs"]
+mod openssl_tool;
 
-/// Runs a program and gives its output; fails with the name of the package if it is missing.
-fn run(program: &str, package: &str, arguments: &[&OsStr]) -> Vec<u8> {
-    let output = match Command::new(program).args(arguments).stdin(Stdio::null()).output() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            panic!("{program} is missing; install the package {package}")
-        }
-        result => result.unwrap(),
-    };
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {errors}");
-    output.stdout
-}
+const PASSWORD: &str = "card password";
 
 macro_rules! certutil {
     ($($argument:expr),* $(,)?) => { run("certutil", "libnss3-tools", &[$(OsStr::new(&$argument)),*]) };
 }
 macro_rules! pk12util {
     ($($argument:expr),* $(,)?) => { run("pk12util", "libnss3-tools", &[$(OsStr::new(&$argument)),*]) };
-}
-macro_rules! openssl {
-    ($($argument:expr),* $(,)?) => { run("openssl", "openssl", &[$(OsStr::new(&$argument)),*]) };
 }
 
 /// A database being made.
@@ -120,8 +107,7 @@ impl Maker {
     /// A key made by openssl, imported with its certificate.
     fn import(&self, nickname: &str, key: &str) {
         let [pem, crt, p12] = ["key.pem", "crt.pem", "crt.p12"].map(|name| self.file(name));
-        let subject = format!("/CN={nickname}");
-        openssl!("req", "-x509", "-newkey", key, "-nodes", "-subj", subject, "-keyout", pem, "-out", crt);
+        make_certificate(nickname, key, &pem, &crt, &[]);
         openssl!(
             "pkcs12", "-export", "-in", crt, "-inkey", pem, "-name", nickname, "-passout", "pass:x", "-out",
             p12
@@ -339,9 +325,9 @@ fn bad_nickname_lists_are_refused() {
     let fixture = Fixture::get();
     let directory = fixture.directory("card");
     assert_message(open(&directory, &[]).unwrap_err(), &[&directory, "no certificate nickname given"]);
-    let eleven: Vec<_> = (0..11).map(|i| i.to_string()).collect();
-    let eleven: Vec<_> = eleven.iter().map(String::as_str).collect();
-    assert_message(open(&directory, &eleven).unwrap_err(), &[&directory, "11", "at most 10"]);
+    let too_many: Vec<_> = (0..25).map(|i| i.to_string()).collect();
+    let too_many: Vec<_> = too_many.iter().map(String::as_str).collect();
+    assert_message(open(&directory, &too_many).unwrap_err(), &[&directory, "25", "at most 24"]);
     assert_message(open(&directory, &["one", "two", "one"]).unwrap_err(), &["\"one\" is named twice"]);
     // One that is there does not make up for one that is not.
     for unknown in ["One", "one ", "", "NSS Certificate DB:one", "on\0e", "o\ne"] {
@@ -361,14 +347,14 @@ fn certificates_that_cannot_be_served_are_named() {
     let mut elsewhere = Maker::new(root.path(), "elsewhere", PASSWORD);
     elsewhere.rsa("lonely", "1024");
     maker.add("lonely", &elsewhere);
-    maker.sign("curve", &["-k", "ec", "-q", "nistp256"]);
+    maker.sign("curve", &["-k", "ec", "-q", "nistp521"]);
     maker.sign("pss", &["-g", "1024", "--pss"]);
     maker.import("small", "rsa:768");
     maker.import("odd", "rsa:1028");
     for (nickname, what) in [
         ("lonely", "has no private key"),
-        ("curve", "EC keys are not served yet"),
-        ("pss", "RSA-PSS keys are not served yet"),
+        ("curve", "EC (1.3.132.0.35) keys are not served"),
+        ("pss", "RSA-PSS keys are not served"),
         ("small", "RSA key of 768 bits"),
         ("odd", "RSA key of 1028 bits"),
     ] {
@@ -398,6 +384,98 @@ fn imported_and_large_keys_work() {
     for index in 0..nicknames.len() {
         assert_key(&store, &*unlocked, index);
     }
+}
+
+/// A database with keys on both curves, and one of another kind.
+fn curves() -> (TempDir, NssDatabase) {
+    let root = TempDir::new().unwrap();
+    let mut maker = Maker::new(root.path(), "db", PASSWORD);
+    maker.sign("p256", &["-k", "ec", "-q", "nistp256"]);
+    maker.sign("p384", &["-k", "ec", "-q", "nistp384"]);
+    // Not made by NSS, so that its CKA_ID and its parameters come another way.
+    maker.import("imported", "P-256");
+    maker.rsa("rsa", "1024");
+    let store = open(&maker.url(), &["p256", "p384", "imported", "rsa"]).unwrap();
+    (root, store)
+}
+
+#[test]
+fn ec_signatures_are_ones_for_openssl() {
+    let (root, store) = curves();
+    let unlocked = unlock(&store, PASSWORD).unwrap();
+    let kinds: Vec<_> = store.certificates().iter().map(|certificate| certificate.kind).collect();
+    let (p256, p384) = (KeyKind::Ec(Curve::P256), KeyKind::Ec(Curve::P384));
+    assert_eq!(kinds, [p256, p384, p256, KeyKind::Rsa { bits: 1024 }]);
+    for (index, certificate) in store.certificates().iter().enumerate().take(3) {
+        let field = certificate.kind.block_len();
+        for digest in [vec![0xab; field], vec![0xab; 20], vec![0xab; 1], vec![0; field]] {
+            let signature = unlocked.ecdsa(index, &digest).unwrap();
+            assert_eq!(signature.len(), 2 * field);
+            verify_ecdsa(root.path(), certificate, &digest, &signature);
+        }
+        for unfit in [vec![], vec![0xab; field + 1], vec![0xab; 1000]] {
+            assert_eq!(unlocked.ecdsa(index, &unfit), Err(KeyError::Block));
+        }
+        assert_eq!(unlocked.rsa_raw(index, &vec![0; field]).unwrap_err(), KeyError::Block);
+    }
+    assert_eq!(unlocked.ecdsa(3, &[0xab; 32]), Err(KeyError::Block));
+    assert_eq!(unlocked.ecdh(3, &[4; 65]).unwrap_err(), KeyError::Block);
+}
+
+#[test]
+fn ecdh_agrees_with_openssl() {
+    let (root, store) = curves();
+    let unlocked = unlock(&store, PASSWORD).unwrap();
+    for (index, certificate) in store.certificates().iter().enumerate().take(3) {
+        let KeyKind::Ec(curve) = certificate.kind else { panic!() };
+        for _ in 0..4 {
+            let (point, shared) = peer(root.path(), curve, &certificate.public_key);
+            assert_eq!(unlocked.ecdh(index, &point).unwrap().expose(), shared);
+
+            let mut off_curve = point.clone();
+            *off_curve.last_mut().unwrap() ^= 1;
+            let mut compressed = point[..=curve.field_len()].to_vec();
+            compressed[0] = 2;
+            for unfit in [&off_curve[..], &point[1..], &point[..point.len() - 1], &compressed, &[], &[0]] {
+                assert_eq!(unlocked.ecdh(index, unfit).unwrap_err(), KeyError::Block);
+            }
+        }
+    }
+    // A point on the other curve.
+    let (point, _) = peer(root.path(), Curve::P384, &store.certificates()[1].public_key);
+    assert_eq!(unlocked.ecdh(0, &point).unwrap_err(), KeyError::Block);
+    drop(unlocked);
+    let again = unlock(&store, PASSWORD).unwrap();
+    again.ecdh(1, &point).unwrap();
+}
+
+#[test]
+fn ec_operations_use_a_copy_in_memory_and_end_with_the_login() {
+    let root = TempDir::new().unwrap();
+    let mut maker = Maker::new(root.path(), "db", PASSWORD);
+    maker.sign("key", &["-k", "ec", "-q", "nistp256"]);
+    let store = open(&maker.url(), &["key"]).unwrap();
+    let unlocked = unlock(&store, PASSWORD).unwrap();
+    unlocked.ecdsa(0, &[1; 32]).unwrap();
+    let key4 = fs::read(maker.file("key4.db")).unwrap();
+    fs::write(maker.file("key4.db"), "").unwrap();
+    unlocked.ecdsa(0, &[1; 32]).unwrap();
+    fs::write(maker.file("key4.db"), key4).unwrap();
+    assert!(unlock(&store, "wrong").is_err());
+    assert_eq!(unlocked.ecdsa(0, &[1; 32]), Err(KeyError::LoggedOut));
+}
+
+#[test]
+fn as_many_certificates_as_a_piv_card_has_keys() {
+    let root = TempDir::new().unwrap();
+    let mut maker = Maker::new(root.path(), "db", PASSWORD);
+    let nicknames: Vec<_> = (0..24).map(|number| format!("key {number}")).collect();
+    for nickname in &nicknames {
+        maker.sign(nickname, &["-k", "ec", "-q", "nistp256"]);
+    }
+    let store = NssDatabase::open(&maker.url(), &nicknames).unwrap();
+    assert_eq!(store.certificates().len(), 24);
+    unlock(&store, PASSWORD).unwrap().ecdsa(23, &[1; 32]).unwrap();
 }
 
 #[test]

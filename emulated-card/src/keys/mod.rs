@@ -82,11 +82,23 @@ pub trait KeyStore: Send + Sync {
     /// Whether the private keys are behind a secret. If not, [`unlock`](Self::unlock) ignores what it is given.
     fn needs_secret(&self) -> bool;
 
+    /// How many tries the store itself leaves for the secret, at most; `None` if it does not say.
+    fn tries_hint(&self) -> Option<u8> {
+        None
+    }
+
     /// Logs in. Dropping the result is logout.
     ///
     /// # Errors
     /// [`UnlockError`]; after any error nothing is logged in, an earlier login of this store included.
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError>;
+}
+
+impl std::fmt::Debug for dyn KeyStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names = self.certificates().iter().map(|certificate| &certificate.name);
+        f.debug_list().entries(names).finish()
+    }
 }
 
 /// A store that is logged in. Private keys are reachable through it alone.

@@ -1,7 +1,7 @@
 //! Reference data: what a PIN is compared with, and how many tries are left.
 
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 use vscard_protocol::Secret;
@@ -94,6 +94,8 @@ pub enum Initial {
 pub struct ReferenceData {
     kind: Kind,
     tries: u8,
+    /// The token that counts, too, and sometimes tells.
+    token: Option<Arc<dyn KeyStore>>,
 }
 
 #[derive(Debug)]
@@ -187,6 +189,12 @@ impl ReferenceData {
         Self::new(Kind::Store(Place::Memory(Mutex::default())), tries)
     }
 
+    /// The PIN is that of the token that `store` is, which counts the tries itself. As it does not tell how many are
+    /// left, they are counted in memory, too, and what it does tell ([`KeyStore::tries_hint`]) may lower that.
+    pub fn of_token(store: Arc<dyn KeyStore>, tries: u8) -> Self {
+        Self { token: Some(store), ..Self::in_memory(tries) }
+    }
+
     /// A card's own PIN and PUK as [`of_card`](Self::of_card) has them, in memory only; the store's password is
     /// what the PIN is at first. For tests and benches.
     ///
@@ -203,7 +211,7 @@ impl ReferenceData {
     }
 
     fn new(kind: Kind, tries: u8) -> Self {
-        Self { kind, tries: tries.clamp(1, 15) }
+        Self { kind, tries: tries.clamp(1, 15), token: None }
     }
 
     /// Compares `pin`, and logs in to `store` if it is right. Blocks: on the disk, on the store, and on another
@@ -223,7 +231,11 @@ impl ReferenceData {
                 Err(PinError::NotChecked("the database has no password to compare the PIN with".into()))
             }
             Kind::Store(place) => {
-                self.count(&mut *place.lock()?, PIN, |_| store.unlock(pin).map_err(Failure::from))
+                let outcome = self.count(&mut *place.lock()?, PIN, |_| store.unlock(pin).map_err(Failure::from));
+                outcome.map_err(|error| match error {
+                    PinError::Wrong { left } => PinError::Wrong { left: self.lowered(left) },
+                    error => error,
+                })
             }
             Kind::Card { place, store_password } => self.count(&mut *place.lock()?, PIN, |contents| {
                 compare(contents.pin.as_ref(), pin)?;
@@ -307,8 +319,15 @@ impl ReferenceData {
     pub fn tries_left(&self) -> Result<u8, PinError> {
         match &self.kind {
             Kind::Any { .. } => Ok(self.tries),
-            Kind::Store(place) | Kind::Card { place, .. } => Ok(self.left(place.read()?.left)),
+            Kind::Store(place) | Kind::Card { place, .. } => {
+                Ok(self.lowered(self.left(place.read()?.left)))
+            }
         }
+    }
+
+    /// No more than the token says there are.
+    fn lowered(&self, left: u8) -> u8 {
+        self.token.as_ref().and_then(|token| token.tries_hint()).map_or(left, |hint| hint.min(left))
     }
 
     /// Tries of the PUK that are left; blocked is 0.

@@ -128,14 +128,24 @@ pub enum OpenError {
         /// What the decoder said.
         reason: String,
     },
+    /// The key pair with the certificate's ID is not its own.
+    #[error("the key under the ID of certificate {nickname:?} in {directory:?} is another's")]
+    AnothersKey {
+        /// The nickname.
+        nickname: String,
+        /// The directory.
+        directory: PathBuf,
+    },
     /// The certificate's key is of a kind that is not served.
-    #[error("certificate {nickname:?} in {directory:?}: {kind} keys are not served yet, only RSA keys")]
+    #[error(
+        "certificate {nickname:?} in {directory:?}: {kind} keys are not served, only RSA, P-256 and P-384"
+    )]
     KeyKind {
         /// The nickname.
         nickname: String,
         /// The directory.
         directory: PathBuf,
-        /// "EC", "RSA-PSS" or an object identifier.
+        /// "RSA-PSS", another curve, or an object identifier.
         kind: String,
     },
     /// The RSA key has a size that is not served.

@@ -8,15 +8,19 @@
 //! the thread and right after the call that failed, because NSS keeps errors per thread and overwrites them
 //! freely.
 
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libc::{c_char, c_int, c_uchar, c_uint, c_ulong, c_void};
 use nss_sys::nspr::{PR_ErrorToName, PR_GetError, PR_SetError, PRBool};
 use nss_sys::{PK11SlotInfo, SECItem, SECItemType, error};
+use vscard_protocol::Secret;
+use zeroize::Zeroizing;
 
 const NSS_INIT_READONLY: u32 = 0x1;
 const NSS_INIT_NOCERTDB: u32 = 0x2;
@@ -24,7 +28,13 @@ const NSS_INIT_NOMODDB: u32 = 0x4;
 const NSS_INIT_FORCEOPEN: u32 = 0x8;
 const NSS_INIT_NOROOTINIT: u32 = 0x10;
 
+const CKM_RSA_PKCS: c_ulong = 1;
 const CKM_RSA_X_509: c_ulong = 3;
+const CKM_GENERIC_SECRET_KEY_GEN: c_ulong = 0x350;
+const CKM_ECDSA: c_ulong = 0x1041;
+const CKM_ECDH1_DERIVE: c_ulong = 0x1050;
+const CKD_NULL: c_ulong = 1;
+const CKF_DONT_BLOCK: c_ulong = 1;
 const PK11_TYPE_GENERIC: c_int = 0;
 const PK11_TYPE_PRIVATE_KEY: c_int = 1;
 const SEC_SUCCESS: c_int = 0;
@@ -37,6 +47,47 @@ struct InitContext([u8; 0]);
 struct GenericObject([u8; 0]);
 #[repr(C)]
 struct SeckeyPrivateKey([u8; 0]);
+#[repr(C)]
+struct SeckeyPublicKey([u8; 0]);
+#[repr(C)]
+struct SubjectPublicKeyInfo([u8; 0]);
+#[repr(C)]
+struct SymKey([u8; 0]);
+#[repr(C)]
+struct ListLock([u8; 0]);
+
+/// The beginning of a `SECMODModule`, the same from 3.12 to 3.124. Only ever read through a pointer.
+#[repr(C)]
+struct SecmodModule {
+    arena: *mut c_void,
+    internal: PRBool,
+    loaded: PRBool,
+    is_fips: PRBool,
+    library_name: *mut c_char,
+    common_name: *mut c_char,
+    library: *mut c_void,
+    functions: *mut c_void,
+    reference_lock: *mut c_void,
+    references: c_int,
+    slots: *mut *mut PK11SlotInfo,
+    slot_count: c_int,
+}
+
+/// `CK_TOKEN_INFO` (PKCS #11 v2.40 §3.2).
+#[repr(C)]
+struct CkTokenInfo {
+    label: [u8; 32],
+    manufacturer: [u8; 32],
+    model: [u8; 16],
+    serial_number: [u8; 16],
+    flags: c_ulong,
+    counts: [c_ulong; 10],
+    versions: [u8; 4],
+    time: [u8; 16],
+}
+
+/// Asks for a password; what it gives is wiped and freed by NSS.
+type PasswordFunction = extern "C" fn(*mut PK11SlotInfo, PRBool, *mut c_void) -> *mut c_char;
 
 #[allow(non_snake_case)]
 unsafe extern "C" {
@@ -55,6 +106,30 @@ unsafe extern "C" {
     fn PK11_NeedLogin(slot: *mut PK11SlotInfo) -> PRBool;
     fn PK11_CheckUserPassword(slot: *mut PK11SlotInfo, password: *const c_char) -> c_int;
     fn PK11_Logout(slot: *mut PK11SlotInfo) -> c_int;
+    fn PK11_SetPasswordFunc(function: PasswordFunction);
+    fn PORT_Strdup(text: *const c_char) -> *mut c_char;
+
+    fn SECMOD_LoadUserModule(
+        spec: *mut c_char,
+        parent: *mut SecmodModule,
+        recurse: PRBool,
+    ) -> *mut SecmodModule;
+    fn SECMOD_DestroyModule(module: *mut SecmodModule);
+    fn SECMOD_GetDefaultModuleListLock() -> *mut ListLock;
+    fn SECMOD_GetReadLock(lock: *mut ListLock);
+    fn SECMOD_ReleaseReadLock(lock: *mut ListLock);
+    fn SECMOD_WaitForAnyTokenEvent(
+        module: *mut SecmodModule,
+        flags: c_ulong,
+        latency: u32,
+    ) -> *mut PK11SlotInfo;
+    fn PK11_ReferenceSlot(slot: *mut PK11SlotInfo) -> *mut PK11SlotInfo;
+    fn PK11_IsPresent(slot: *mut PK11SlotInfo) -> PRBool;
+    fn PK11_IsInternal(slot: *mut PK11SlotInfo) -> PRBool;
+    fn PK11_GetSlotSeries(slot: *mut PK11SlotInfo) -> c_int;
+    fn PK11_GetSlotID(slot: *mut PK11SlotInfo) -> c_ulong;
+    fn PK11_GetTokenInfo(slot: *mut PK11SlotInfo, info: *mut CkTokenInfo) -> c_int;
+    fn PK11_DoesMechanism(slot: *mut PK11SlotInfo, mechanism: c_ulong) -> PRBool;
 
     fn PK11_FindGenericObjects(slot: *mut PK11SlotInfo, class: c_ulong) -> *mut GenericObject;
     fn PK11_GetNextGenericObject(object: *mut GenericObject) -> *mut GenericObject;
@@ -85,6 +160,14 @@ unsafe extern "C" {
         input: *const c_uchar,
         input_len: c_uint,
     ) -> c_int;
+    fn PK11_PrivDecryptPKCS1(
+        key: *mut SeckeyPrivateKey,
+        out: *mut c_uchar,
+        out_len: *mut c_uint,
+        max: c_uint,
+        input: *const c_uchar,
+        input_len: c_uint,
+    ) -> c_int;
     fn PK11_SignWithMechanism(
         key: *mut SeckeyPrivateKey,
         mechanism: c_ulong,
@@ -92,6 +175,28 @@ unsafe extern "C" {
         signature: *mut SECItem,
         input: *const SECItem,
     ) -> c_int;
+
+    fn SECKEY_DecodeDERSubjectPublicKeyInfo(der: *const SECItem) -> *mut SubjectPublicKeyInfo;
+    fn SECKEY_DestroySubjectPublicKeyInfo(info: *mut SubjectPublicKeyInfo);
+    fn SECKEY_ExtractPublicKey(info: *const SubjectPublicKeyInfo) -> *mut SeckeyPublicKey;
+    fn SECKEY_DestroyPublicKey(key: *mut SeckeyPublicKey);
+    fn PK11_PubDeriveWithKDF(
+        private_key: *mut SeckeyPrivateKey,
+        public_key: *mut SeckeyPublicKey,
+        is_sender: PRBool,
+        random_a: *mut SECItem,
+        random_b: *mut SECItem,
+        derive: c_ulong,
+        target: c_ulong,
+        operation: c_ulong,
+        key_size: c_int,
+        kdf: c_ulong,
+        shared_data: *mut SECItem,
+        window: *mut c_void,
+    ) -> *mut SymKey;
+    fn PK11_ExtractKeyValue(key: *mut SymKey) -> c_int;
+    fn PK11_GetKeyData(key: *mut SymKey) -> *mut SECItem;
+    fn PK11_FreeSymKey(key: *mut SymKey);
 }
 
 /// The error NSS left behind; 0 if it left none.
@@ -179,12 +284,14 @@ pub(super) enum Login {
     NotChecked(NssError),
 }
 
-/// A database, opened as a PKCS#11 slot of its own with a login state of its own; closed on drop.
+/// A PKCS#11 slot: a database, opened as a slot of its own with a login state of its own and closed on drop, or a
+/// slot of a [`Module`].
 ///
 /// A key made by NSS would work on the next database that gets the number of a closed slot, so keys hold an
 /// `Arc` of their slot.
 pub(super) struct Slot {
     raw: NonNull<PK11SlotInfo>,
+    database: bool,
 }
 
 // SAFETY: a PK11SlotInfo is reference counted and locked inside NSS and belongs to no thread.
@@ -203,8 +310,64 @@ impl Slot {
             // SAFETY: a C string that outlives the call, and NSS has started.
             NonNull::new(unsafe { SECMOD_OpenUserDB(spec.as_ptr()) })
         })
-        .map(|raw| Arc::new(Self { raw }))
+        .map(|raw| Arc::new(Self { raw, database: true }))
         .map_err(SlotError::Open)
+    }
+
+    /// Whether there is a token in the slot. Until it was called after an insertion, logins fail.
+    pub(super) fn is_present(&self) -> bool {
+        // SAFETY: the slot is alive.
+        unsafe { PK11_IsPresent(self.raw.as_ptr()) != 0 }
+    }
+
+    /// Another number than before is another insertion.
+    pub(super) fn series(&self) -> i32 {
+        // SAFETY: the slot is alive.
+        unsafe { PK11_GetSlotSeries(self.raw.as_ptr()) }
+    }
+
+    /// The slot's number in its module.
+    pub(super) fn id(&self) -> c_ulong {
+        // SAFETY: the slot is alive.
+        unsafe { PK11_GetSlotID(self.raw.as_ptr()) }
+    }
+
+    /// Whether it is one of NSS's own, not of a module.
+    pub(super) fn is_internal(&self) -> bool {
+        // SAFETY: the slot is alive.
+        unsafe { PK11_IsInternal(self.raw.as_ptr()) != 0 }
+    }
+
+    pub(super) fn has_mechanism(&self, mechanism: Mechanism) -> bool {
+        // SAFETY: the slot is alive.
+        unsafe { PK11_DoesMechanism(self.raw.as_ptr(), mechanism as c_ulong) != 0 }
+    }
+
+    /// What the token says of itself now.
+    pub(super) fn token_info(&self) -> Result<TokenInfo, NssError> {
+        let mut info = CkTokenInfo {
+            label: [0; 32],
+            manufacturer: [0; 32],
+            model: [0; 16],
+            serial_number: [0; 16],
+            flags: 0,
+            counts: [0; 10],
+            versions: [0; 4],
+            time: [0; 16],
+        };
+        attempt(|| {
+            // SAFETY: the slot is alive; `info` is ours and has the layout of a CK_TOKEN_INFO, every bit
+            // pattern of which is valid.
+            succeeded(unsafe { PK11_GetTokenInfo(self.raw.as_ptr(), &mut info) })
+        })?;
+        let text = |field: &[u8]| String::from_utf8_lossy(field).trim_end_matches([' ', '\0']).to_owned();
+        Ok(TokenInfo {
+            label: text(&info.label),
+            manufacturer: text(&info.manufacturer),
+            model: text(&info.model),
+            serial_number: text(&info.serial_number),
+            flags: info.flags,
+        })
     }
 
     /// Whether private keys are behind a password.
@@ -250,13 +413,191 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let _opening = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: `raw` came from SECMOD_OpenUserDB with one reference, given back here once. No key of ours
-        // is left, each holds the slot.
-        unsafe {
-            SECMOD_CloseUserDB(self.raw.as_ptr());
-            PK11_FreeSlot(self.raw.as_ptr());
+        let _opening = self.database.then(|| OPENING.lock().unwrap_or_else(PoisonError::into_inner));
+        if self.database {
+            // SAFETY: `raw` came from SECMOD_OpenUserDB and is closed once. No key of ours is left, each holds
+            // the slot.
+            unsafe { SECMOD_CloseUserDB(self.raw.as_ptr()) };
         }
+        // SAFETY: `raw` came with one reference, given back here once.
+        unsafe { PK11_FreeSlot(self.raw.as_ptr()) };
+    }
+}
+
+/// What a token says of itself. The texts have no padding.
+pub(super) struct TokenInfo {
+    pub(super) label: String,
+    pub(super) manufacturer: String,
+    pub(super) model: String,
+    pub(super) serial_number: String,
+    flags: c_ulong,
+}
+
+impl TokenInfo {
+    /// CKF_TOKEN_INITIALIZED.
+    pub(super) fn is_initialized(&self) -> bool {
+        self.flags & 0x400 != 0
+    }
+
+    /// CKF_LOGIN_REQUIRED.
+    pub(super) fn needs_login(&self) -> bool {
+        self.flags & 0x4 != 0
+    }
+
+    /// CKF_PROTECTED_AUTHENTICATION_PATH: the PIN is typed on the token or its reader.
+    pub(super) fn has_pin_pad(&self) -> bool {
+        self.flags & 0x100 != 0
+    }
+
+    /// CKF_USER_PIN_FINAL_TRY.
+    pub(super) fn is_final_try(&self) -> bool {
+        self.flags & 0x2_0000 != 0
+    }
+
+    /// CKF_USER_PIN_LOCKED.
+    pub(super) fn is_locked(&self) -> bool {
+        self.flags & 0x4_0000 != 0
+    }
+}
+
+/// A PKCS#11 mechanism.
+#[derive(Clone, Copy)]
+pub(super) enum Mechanism {
+    RsaPkcs = CKM_RSA_PKCS as isize,
+    RsaRaw = CKM_RSA_X_509 as isize,
+    Ecdsa = CKM_ECDSA as isize,
+    Ecdh = CKM_ECDH1_DERIVE as isize,
+}
+
+/// A PKCS#11 module. It stays loaded to the end of the process, as NSS stays started.
+pub(super) struct Module {
+    raw: NonNull<SecmodModule>,
+    /// NSS wants one thread per module to ask for events.
+    polling: Mutex<()>,
+}
+
+// SAFETY: a SECMODModule is reference counted and locked inside NSS and belongs to no thread.
+unsafe impl Send for Module {}
+// SAFETY: as above. What of it is read here changes under NSS's list lock only, which is held then.
+unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads the module that `spec` describes, and initialises it.
+    pub(super) fn load(spec: &CStr) -> Result<Self, NssError> {
+        static CALLBACK: OnceLock<()> = OnceLock::new();
+        start()?;
+        CALLBACK.get_or_init(|| {
+            // SAFETY: the function lives for ever and upholds what NSS asks of it.
+            unsafe { PK11_SetPasswordFunc(give_pin) };
+        });
+        attempt(|| {
+            // SAFETY: NSS only reads the spec; there is no parent.
+            let raw =
+                NonNull::new(unsafe { SECMOD_LoadUserModule(spec.as_ptr().cast_mut(), ptr::null_mut(), 0) })?;
+            // SAFETY: not null, so a module, even if loading failed.
+            if unsafe { (*raw.as_ptr()).loaded } != 0 {
+                return Some(Self { raw, polling: Mutex::new(()) });
+            }
+            // SAFETY: reads this thread's error.
+            let error = unsafe { PR_GetError() };
+            // SAFETY: our reference, given back once; after that the error is put back.
+            unsafe {
+                SECMOD_DestroyModule(raw.as_ptr());
+                PR_SetError(error, 0);
+            }
+            None
+        })
+    }
+
+    /// Its slots, with and without tokens, at most `max`.
+    pub(super) fn slots(&self, max: usize) -> Vec<Arc<Slot>> {
+        // SAFETY: NSS has started, so there is a lock, and it is released below.
+        let lock = unsafe { SECMOD_GetDefaultModuleListLock() };
+        // SAFETY: as above.
+        unsafe { SECMOD_GetReadLock(lock) };
+        // SAFETY: the module is alive, and the two fields belong together while the lock is held.
+        let (slots, count) = unsafe { ((*self.raw.as_ptr()).slots, (*self.raw.as_ptr()).slot_count) };
+        let count = usize::try_from(count).unwrap_or(0).min(max);
+        let found = (0..if slots.is_null() { 0 } else { count })
+            .filter_map(|index| {
+                // SAFETY: below the count of the array, which holds live slots; the reference taken is the
+                // Slot's own.
+                NonNull::new(unsafe { PK11_ReferenceSlot(*slots.add(index)) })
+            })
+            .map(|raw| Arc::new(Slot { raw, database: false }))
+            .collect();
+        // SAFETY: locked above.
+        unsafe { SECMOD_ReleaseReadLock(lock) };
+        found
+    }
+
+    /// Whether something happened in one of its slots since the last call.
+    pub(super) fn poll_event(&self) -> bool {
+        let _polling = self.polling.lock().unwrap_or_else(PoisonError::into_inner);
+        let event = attempt(|| {
+            // SAFETY: the module is alive; with this flag the call does not wait.
+            NonNull::new(unsafe { SECMOD_WaitForAnyTokenEvent(self.raw.as_ptr(), CKF_DONT_BLOCK, 0) })
+        });
+        match event {
+            Ok(slot) => {
+                // SAFETY: the reference is ours, given back once.
+                unsafe { PK11_FreeSlot(slot.as_ptr()) };
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+/// The PINs that always-authenticate keys may ask for, by the number of the window their key was found with.
+static PINS: Mutex<BTreeMap<usize, Secret>> = Mutex::new(BTreeMap::new());
+
+fn pins() -> MutexGuard<'static, BTreeMap<usize, Secret>> {
+    PINS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What NSS calls a window: names whom it asks for a PIN. It is a number, never followed as a pointer.
+///
+/// NSS asks when a key wants the PIN for each operation (CKA_ALWAYS_AUTHENTICATE), and also, of itself, when it
+/// finds a slot logged out: so it is given a PIN only while there is one armed, and once.
+pub(super) struct Window(usize);
+
+impl Window {
+    pub(super) fn new() -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// While the result lives, the PIN may be asked for, once.
+    pub(super) fn arm(&self, pin: Secret) -> Armed<'_> {
+        pins().insert(self.0, pin);
+        Armed(self)
+    }
+}
+
+/// A PIN that NSS may ask for.
+pub(super) struct Armed<'window>(&'window Window);
+
+impl Drop for Armed<'_> {
+    fn drop(&mut self) {
+        pins().remove(&self.0.0);
+    }
+}
+
+/// The password callback of the process. A database's keys have no window, and get nothing.
+extern "C" fn give_pin(_: *mut PK11SlotInfo, retry: PRBool, window: *mut c_void) -> *mut c_char {
+    if retry != 0 {
+        // It was wrong: asked again with the same PIN, the token would lose all its tries.
+        return ptr::null_mut();
+    }
+    let Some(pin) = pins().remove(&window.addr()) else { return ptr::null_mut() };
+    let mut text = Zeroizing::new(Vec::with_capacity(pin.len() + 1));
+    text.extend_from_slice(pin.expose());
+    text.push(0);
+    match CStr::from_bytes_with_nul(&text) {
+        // SAFETY: a C string, which is copied; NSS owns the copy.
+        Ok(text) => unsafe { PORT_Strdup(text.as_ptr()) },
+        Err(_) => ptr::null_mut(),
     }
 }
 
@@ -273,9 +614,12 @@ pub(super) enum Attribute {
     Label = 0x3,
     Value = 0x11,
     Id = 0x102,
+    Modulus = 0x120,
+    EcPoint = 0x181,
+    AlwaysAuthenticate = 0x202,
 }
 
-const CKA_MODULUS: c_ulong = 0x120;
+const CKA_EXTRACTABLE: c_ulong = 0x162;
 
 /// The result of a search. Objects are raw PKCS#11, never `CERTCertificate`: NSS caches those for the whole
 /// process by issuer and serial number and mixes up certificates and keys of two databases.
@@ -356,12 +700,18 @@ unsafe impl Send for PrivateKey {}
 
 impl PrivateKey {
     /// The key whose CKA_ID is `id`; `None` if there is none, or none visible before login.
-    pub(super) fn find(slot: &Arc<Slot>, id: &[u8]) -> Result<Option<Self>, NssError> {
+    /// Without a window, NSS is never given a PIN for it.
+    pub(super) fn find(
+        slot: &Arc<Slot>,
+        id: &[u8],
+        window: Option<&Window>,
+    ) -> Result<Option<Self>, NssError> {
+        let window = ptr::without_provenance_mut(window.map_or(0, |window| window.0));
         let found = attempt(|| {
             let mut id = borrowed_item(id)?;
-            // SAFETY: the slot is alive, and NSS only reads the item. No password callback is installed, so
-            // the window argument reaches nobody.
-            NonNull::new(unsafe { PK11_FindKeyByKeyID(slot.raw.as_ptr(), &mut id, ptr::null_mut()) })
+            // SAFETY: the slot is alive, and NSS only reads the item. The window is a number that reaches our
+            // password callback alone.
+            NonNull::new(unsafe { PK11_FindKeyByKeyID(slot.raw.as_ptr(), &mut id, window) })
         });
         match found {
             Ok(raw) => Ok(Some(Self { raw, slot: Arc::clone(slot) })),
@@ -381,10 +731,13 @@ impl PrivateKey {
         .map(|raw| Self { raw, slot: Arc::clone(&self.slot) })
     }
 
-    /// The RSA modulus, which is public.
-    pub(super) fn modulus(&self) -> Result<Vec<u8>, NssError> {
+    pub(super) fn attribute(&self, attribute: Attribute) -> Result<Vec<u8>, NssError> {
         // SAFETY: a live private key.
-        unsafe { read_attribute(PK11_TYPE_PRIVATE_KEY, self.raw.as_ptr().cast(), CKA_MODULUS) }
+        unsafe { read_attribute(PK11_TYPE_PRIVATE_KEY, self.raw.as_ptr().cast(), attribute as c_ulong) }
+    }
+
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
     }
 
     /// Raw RSA as decryption, for which the key needs CKA_DECRYPT. Gives the number of bytes written to
@@ -410,11 +763,33 @@ impl PrivateKey {
         Ok(written as usize)
     }
 
-    /// Raw RSA as signature, for which the key needs CKA_SIGN. Gives the number of bytes written to `out`.
-    pub(super) fn rsa_sign_raw(&self, block: &[u8], out: &mut [u8]) -> Result<usize, NssError> {
+    /// RSA decryption with the padding of PKCS #1 v1.5 taken off. Gives the number of bytes written to `out`.
+    pub(super) fn rsa_decrypt_pkcs1(&self, block: &[u8], out: &mut [u8]) -> Result<usize, NssError> {
         let mut written: c_uint = 0;
         attempt(|| {
-            let input = borrowed_item(block)?;
+            let max = c_uint::try_from(out.len()).ok()?;
+            let len = c_uint::try_from(block.len()).ok()?;
+            // SAFETY: as for PK11_PubDecryptRaw.
+            succeeded(unsafe {
+                PK11_PrivDecryptPKCS1(
+                    self.raw.as_ptr(),
+                    out.as_mut_ptr(),
+                    &mut written,
+                    max,
+                    block.as_ptr(),
+                    len,
+                )
+            })
+        })?;
+        Ok(written as usize)
+    }
+
+    /// A signature over `input` as `mechanism` makes it, for which the key needs CKA_SIGN. Gives the number of
+    /// bytes written to `out`.
+    pub(super) fn sign(&self, mechanism: Mechanism, input: &[u8], out: &mut [u8]) -> Result<usize, NssError> {
+        let mut written: c_uint = 0;
+        attempt(|| {
+            let input = borrowed_item(input)?;
             let mut signature = SECItem {
                 type_: SECItemType::siBuffer,
                 data: out.as_mut_ptr(),
@@ -423,12 +798,95 @@ impl PrivateKey {
             // SAFETY: the key is alive; NSS reads `input` and writes to `signature` at most the length it
             // holds, then sets the length it wrote.
             let status = unsafe {
-                PK11_SignWithMechanism(self.raw.as_ptr(), CKM_RSA_X_509, ptr::null(), &mut signature, &input)
+                PK11_SignWithMechanism(
+                    self.raw.as_ptr(),
+                    mechanism as c_ulong,
+                    ptr::null(),
+                    &mut signature,
+                    &input,
+                )
             };
             written = signature.len;
             succeeded(status)
         })?;
         Ok(written as usize)
+    }
+
+    /// The x coordinate of ECDH with the key of a SubjectPublicKeyInfo, `len` bytes. No key derivation function
+    /// is applied.
+    pub(super) fn ecdh(&self, peer: &PublicKey, len: usize) -> Result<Secret, NssError> {
+        let shared = attempt(|| {
+            // SAFETY: both keys are alive; the optional items are null. CKA_EXTRACTABLE stands where NSS takes
+            // what the new key is for: the one attribute it lets a caller set, without which some tokens keep
+            // the value.
+            NonNull::new(unsafe {
+                PK11_PubDeriveWithKDF(
+                    self.raw.as_ptr(),
+                    peer.raw.as_ptr(),
+                    0,
+                    ptr::null_mut(),
+                    ptr::null_mut(),
+                    CKM_ECDH1_DERIVE,
+                    CKM_GENERIC_SECRET_KEY_GEN,
+                    CKA_EXTRACTABLE,
+                    c_int::try_from(len).ok()?,
+                    CKD_NULL,
+                    ptr::null_mut(),
+                    ptr::null_mut(),
+                )
+            })
+        })
+        .map(SharedSecret)?;
+        attempt(|| {
+            // SAFETY: a live key of ours.
+            succeeded(unsafe { PK11_ExtractKeyValue(shared.0.as_ptr()) })
+        })?;
+        // SAFETY: a live key of ours, whose item lives as long as it.
+        let item = unsafe { &*PK11_GetKeyData(shared.0.as_ptr()) };
+        if item.data.is_null() {
+            return Err(NssError(0));
+        }
+        // SAFETY: after the extraction the item holds `len` initialised bytes.
+        Ok(Secret::from(unsafe { std::slice::from_raw_parts(item.data, item.len as usize) }))
+    }
+}
+
+/// Freed, and wiped by that, on drop.
+struct SharedSecret(NonNull<SymKey>);
+
+impl Drop for SharedSecret {
+    fn drop(&mut self) {
+        // SAFETY: ours alone, freed once.
+        unsafe { PK11_FreeSymKey(self.0.as_ptr()) };
+    }
+}
+
+/// A public key.
+pub(super) struct PublicKey {
+    raw: NonNull<SeckeyPublicKey>,
+}
+
+impl PublicKey {
+    /// From a SubjectPublicKeyInfo, DER.
+    pub(super) fn from_der(der: &[u8]) -> Result<Self, NssError> {
+        attempt(|| {
+            let der = borrowed_item(der)?;
+            // SAFETY: NSS reads the item and copies it.
+            let info = NonNull::new(unsafe { SECKEY_DecodeDERSubjectPublicKeyInfo(&der) })?;
+            // SAFETY: `info` is alive; the key has memory of its own.
+            let key = NonNull::new(unsafe { SECKEY_ExtractPublicKey(info.as_ptr()) });
+            // SAFETY: ours, freed once.
+            unsafe { SECKEY_DestroySubjectPublicKeyInfo(info.as_ptr()) };
+            key
+        })
+        .map(|raw| Self { raw })
+    }
+}
+
+impl Drop for PublicKey {
+    fn drop(&mut self) {
+        // SAFETY: ours alone, destroyed once.
+        unsafe { SECKEY_DestroyPublicKey(self.raw.as_ptr()) };
     }
 }
 

@@ -1,4 +1,5 @@
-//! Keys and certificates in an NSS database: a directory with cert9.db and key4.db, as `certutil` makes it.
+//! Keys and certificates in an NSS database: a directory with cert9.db and key4.db, as `certutil` makes it; and, in
+//! [`token`], on what a PKCS#11 module reaches.
 //!
 //! Each [`NssDatabase`] has a login state of its own, also when two of them are opened on one directory. A
 //! store does one thing at a time; two stores work in parallel.
@@ -7,27 +8,32 @@ mod directory;
 mod error;
 #[allow(unsafe_code)]
 mod ffi;
+mod login;
+mod module;
+mod point;
+mod rsa;
+pub mod token;
+mod watch;
 
-use std::collections::HashSet;
-use std::ffi::CStr;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use vscard_protocol::Secret;
-use zeroize::Zeroizing;
 
 pub use self::error::OpenError;
-use self::ffi::{Attribute, Class, Login, NssError, PrivateKey, Slot, SlotError};
+use self::ffi::{Attribute, Class, NssError, PrivateKey, Slot, SlotError};
+use self::login::{Keys, Place, WantedKey, without_leading_zeros};
 use super::certificate::{self, Parts, PublicKey, Unfit};
-use super::{Certificate, KeyError, KeyStore, UnlockError, Unlocked};
+use super::{Certificate, KeyStore, UnlockError, Unlocked};
 
-/// As many certificates as a CAC applet has key slots for.
-const MAX_CERTIFICATES: usize = 10;
+/// As many certificates as a PIV card has keys: four, and twenty retired ones (SP 800-73-4 Part 1 table 4b).
+const MAX_CERTIFICATES: usize = 24;
+/// How many objects of a class are looked at.
+const MAX_OBJECTS: usize = 4096;
 /// How many nicknames an error lists.
 const MAX_LISTED: usize = 10;
-/// softoken refuses longer passwords without a look.
-const MAX_PASSWORD: usize = 500;
 
 /// An NSS database and the certificates asked for.
 ///
@@ -44,7 +50,8 @@ const MAX_PASSWORD: usize = 500;
 /// ```
 pub struct NssDatabase {
     certificates: Vec<Certificate>,
-    store: Arc<Store>,
+    path: PathBuf,
+    keys: Arc<Keys>,
 }
 
 impl NssDatabase {
@@ -76,17 +83,16 @@ impl NssDatabase {
         let content = Content::read(&slot).map_err(|reason| refused(&path, reason))?;
         let chosen: Vec<_> =
             nicknames.iter().map(|name| content.choose(name, &path)).collect::<Result<_, _>>()?;
-        let (certificates, keys) = chosen.into_iter().unzip();
-        let store = Store { keys, login: Mutex::default(), slot, path };
-        if !store.slot.needs_login() {
-            store.check_visible_keys()?;
+        let (certificates, wanted): (_, Vec<_>) = chosen.into_iter().unzip();
+        if !slot.needs_login() {
+            check_visible_keys(&slot, &wanted, &path)?;
         }
-        Ok(Self { certificates, store: Arc::new(store) })
+        Ok(Self { certificates, path, keys: Arc::new(Keys::new(wanted, slot, Place::Database)) })
     }
 
     /// The canonical path of the database's directory.
     pub fn path(&self) -> &Path {
-        &self.store.path
+        &self.path
     }
 }
 
@@ -94,7 +100,7 @@ impl fmt::Debug for NssDatabase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<_> = self.certificates.iter().map(|certificate| &certificate.name).collect();
         f.debug_struct("NssDatabase")
-            .field("path", &self.store.path)
+            .field("path", &self.path)
             .field("certificates", &names)
             .finish_non_exhaustive()
     }
@@ -106,24 +112,11 @@ impl KeyStore for NssDatabase {
     }
 
     fn needs_secret(&self) -> bool {
-        self.store.slot.needs_login()
+        self.keys.slot.needs_login()
     }
 
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
-        let mut login = self.store.lock();
-        // Also before a check that fails without asking NSS: after any error nobody is logged in.
-        login.end(&self.store.slot);
-        if self.store.slot.needs_login() {
-            check_password(&self.store.slot, secret)?;
-        }
-        match self.store.find_keys() {
-            Ok(keys) => login.keys = keys,
-            Err(reason) => {
-                login.end(&self.store.slot);
-                return Err(UnlockError::NotChecked(reason));
-            }
-        }
-        Ok(Box::new(NssLogin { generation: login.generation, store: Arc::clone(&self.store) }))
+        Ok(Box::new(self.keys.unlock(secret)?))
     }
 }
 
@@ -145,32 +138,27 @@ fn refused(path: &Path, reason: NssError) -> OpenError {
     OpenError::Refused { directory: path.to_owned(), reason: reason.to_string() }
 }
 
-fn check_password(slot: &Slot, secret: &Secret) -> Result<(), UnlockError> {
-    let not_checked = |reason: &str| Err(UnlockError::NotChecked(reason.to_owned()));
-    if secret.len() > MAX_PASSWORD {
-        return not_checked("longer than 500 bytes");
+/// For a database without password, whose private keys can be seen at once.
+fn check_visible_keys(slot: &Arc<Slot>, wanted: &[WantedKey], path: &Path) -> Result<(), OpenError> {
+    for WantedKey { name, id, .. } in wanted {
+        match PrivateKey::find(slot, id, None) {
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                let (nickname, directory) = (name.clone(), path.to_owned());
+                return Err(OpenError::NoPrivateKey { nickname, directory });
+            }
+            Err(reason) => return Err(refused(path, reason)),
+        }
     }
-    let mut password = Zeroizing::new(Vec::with_capacity(secret.len() + 1));
-    password.extend_from_slice(secret.expose());
-    password.push(0);
-    // NSS takes a C string: with a zero inside, only what stands before it would be compared.
-    let Ok(password) = CStr::from_bytes_with_nul(&password) else {
-        return not_checked("it holds a zero byte");
-    };
-    match slot.log_in(password) {
-        Login::Accepted => Ok(()),
-        Login::Wrong => Err(UnlockError::Wrong),
-        Login::NotChecked(NssError::LOCKED_PASSWORD) => Err(UnlockError::Locked),
-        Login::NotChecked(error) => not_checked(&error.to_string()),
-    }
+    Ok(())
 }
 
-/// What is visible in a database before login.
+/// What is visible in a slot before login.
 struct Content {
     certificates: Vec<Found>,
     /// The CKA_ID of each public key. NSS stores one beside each private key (`certutil -S`, `pk12util -i`,
     /// an upgraded dbm database), and none for a certificate that was only added (`certutil -A`).
-    key_pairs: HashSet<Vec<u8>>,
+    key_pairs: HashMap<Vec<u8>, PublicHalf>,
 }
 
 struct Found {
@@ -179,12 +167,36 @@ struct Found {
     der: Vec<u8>,
 }
 
+/// A public key object, which stands for the private key that cannot be seen.
+struct PublicHalf {
+    modulus: Vec<u8>,
+    point: Vec<u8>,
+}
+
+impl PublicHalf {
+    /// Whether it is that key, as far as the object says anything. CKA_EC_POINT is an OCTET STRING in DER
+    /// (PKCS #11 v2.40 §2.3.3), or the bare point, as older tokens have it.
+    fn may_be(&self, key: &PublicKey) -> bool {
+        match key {
+            PublicKey::Rsa { modulus } => {
+                self.modulus.is_empty() || without_leading_zeros(&self.modulus) == modulus
+            }
+            PublicKey::Ec { point, .. } => {
+                let header = [0x04, point.len() as u8];
+                let bare = self.point.strip_prefix(&header).filter(|bare| bare.len() == point.len());
+                self.point.is_empty() || bare.unwrap_or(&self.point) == point
+            }
+        }
+    }
+}
+
 impl Content {
     fn read(slot: &Slot) -> Result<Self, NssError> {
         // An object without a label or an ID is none of ours, so a missing attribute reads as empty.
         let certificates = slot
             .objects(Class::Certificate)?
             .iter()
+            .take(MAX_OBJECTS)
             .map(|object| {
                 Ok(Found {
                     nickname: object.attribute(Attribute::Label).unwrap_or_default(),
@@ -193,10 +205,18 @@ impl Content {
                 })
             })
             .collect::<Result<_, NssError>>()?;
-        let mut key_pairs: HashSet<_> = slot
+        let mut key_pairs: HashMap<_, _> = slot
             .objects(Class::PublicKey)?
             .iter()
-            .map(|object| object.attribute(Attribute::Id).unwrap_or_default())
+            .take(MAX_OBJECTS)
+            .map(|object| {
+                let attribute = |attribute| object.attribute(attribute).unwrap_or_default();
+                let half = PublicHalf {
+                    modulus: attribute(Attribute::Modulus),
+                    point: attribute(Attribute::EcPoint),
+                };
+                (attribute(Attribute::Id), half)
+            })
             .collect();
         // An empty ID links nothing.
         key_pairs.remove(&[][..]);
@@ -212,7 +232,7 @@ impl Content {
             return Err(OpenError::UnknownNickname { nickname: name, directory, present: self.list() });
         }
         let mut best: Option<(&Found, Parts)> = None;
-        for found in named.filter(|found| self.key_pairs.contains(&found.id)) {
+        for found in named.filter(|found| self.key_pairs.contains_key(&found.id)) {
             let parts = certificate::parse(&found.der).map_err(|reason| OpenError::BadCertificate {
                 nickname: name.clone(),
                 directory: directory.clone(),
@@ -235,11 +255,10 @@ impl Content {
         })?;
         let certificate =
             Certificate { name: name.clone(), der: found.der.clone(), public_key: spki, kind: public.kind() };
-        let PublicKey::Rsa { modulus } = public else {
-            let kind = public.kind().to_string();
-            return Err(OpenError::KeyKind { nickname: name, directory: path.to_owned(), kind });
-        };
-        Ok((certificate, WantedKey { nickname: name, id: found.id.clone(), modulus }))
+        if self.key_pairs.get(&found.id).is_some_and(|half| !half.may_be(&public)) {
+            return Err(OpenError::AnothersKey { nickname: name, directory });
+        }
+        Ok((certificate, WantedKey { name, id: found.id.clone(), public }))
     }
 
     /// The nicknames that are there, as the end of a sentence.
@@ -257,163 +276,5 @@ impl Content {
             more => format!(" and {more} more"),
         };
         format!("are {}{more}", listed.join(", "))
-    }
-}
-
-/// How the private key of a certificate is found after login, and known to be the right one.
-struct WantedKey {
-    nickname: String,
-    id: Vec<u8>,
-    modulus: Vec<u8>,
-}
-
-/// What the database and its logins share.
-struct Store {
-    keys: Vec<WantedKey>,
-    /// Held through every login, logout and operation: a login logs out first, which would make an operation
-    /// that runs beside it fail.
-    login: Mutex<Current>,
-    slot: Arc<Slot>,
-    path: PathBuf,
-}
-
-/// The login that counts now.
-#[derive(Default)]
-struct Current {
-    /// How many logins have been started. An [`NssLogin`] with another number is over.
-    generation: u64,
-    /// In the order of [`Store::keys`]; empty when logged out.
-    keys: Vec<LoginKey>,
-}
-
-/// A private key of the current login.
-struct LoginKey {
-    key: PrivateKey,
-    /// Whether `key` is in memory, or at least that has been tried.
-    copied: bool,
-}
-
-impl LoginKey {
-    /// The key as it is fastest.
-    ///
-    /// From the database, each operation derives keys from the password several times, 30 ms in all. A
-    /// session copy costs that once. It is made at the first use, because a login of ten keys of which one is
-    /// used would wait 300 ms.
-    fn fast(&mut self, nickname: &str) -> &PrivateKey {
-        if !self.copied {
-            self.copied = true;
-            match self.key.session_copy() {
-                Ok(copy) => self.key = copy,
-                Err(error) => {
-                    tracing::debug!(nickname, %error, "no session copy of the private key: operations are slow");
-                }
-            }
-        }
-        &self.key
-    }
-}
-
-impl Current {
-    fn end(&mut self, slot: &Slot) {
-        // The keys first: a session copy works on after a logout.
-        self.keys.clear();
-        slot.log_out();
-        self.generation += 1;
-    }
-}
-
-impl Store {
-    fn lock(&self) -> MutexGuard<'_, Current> {
-        // Nothing can panic between two changes that belong together.
-        self.login.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn find_keys(&self) -> Result<Vec<LoginKey>, String> {
-        self.keys.iter().map(|wanted| self.find_key(wanted)).collect()
-    }
-
-    fn find_key(&self, wanted: &WantedKey) -> Result<LoginKey, String> {
-        let WantedKey { nickname, id, modulus } = wanted;
-        let key = PrivateKey::find(&self.slot, id)
-            .map_err(|error| format!("the private key of certificate {nickname:?}: {error}"))?
-            .ok_or_else(|| format!("the database has no private key for certificate {nickname:?}"))?;
-        let found =
-            key.modulus().map_err(|error| format!("the private key of certificate {nickname:?}: {error}"))?;
-        if without_leading_zeros(&found) != modulus {
-            return Err(format!("the private key under the ID of certificate {nickname:?} is another's"));
-        }
-        Ok(LoginKey { key, copied: false })
-    }
-
-    /// For a database without password, whose private keys can be seen at once.
-    fn check_visible_keys(&self) -> Result<(), OpenError> {
-        for WantedKey { nickname, id, .. } in &self.keys {
-            match PrivateKey::find(&self.slot, id) {
-                Ok(Some(_)) => {}
-                Ok(None) => {
-                    let (nickname, directory) = (nickname.clone(), self.path.clone());
-                    return Err(OpenError::NoPrivateKey { nickname, directory });
-                }
-                Err(reason) => return Err(refused(&self.path, reason)),
-            }
-        }
-        Ok(())
-    }
-}
-
-fn without_leading_zeros(number: &[u8]) -> &[u8] {
-    let zeros = number.iter().take_while(|&&byte| byte == 0).count();
-    number.get(zeros..).unwrap_or_default()
-}
-
-/// One login of a store.
-struct NssLogin {
-    generation: u64,
-    store: Arc<Store>,
-}
-
-impl Unlocked for NssLogin {
-    fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
-        let mut login = self.store.lock();
-        if login.generation != self.generation {
-            return Err(KeyError::LoggedOut);
-        }
-        let (Some(wanted), Some(key)) = (self.store.keys.get(index), login.keys.get_mut(index)) else {
-            return Err(KeyError::Failed(format!("there is no certificate number {index}")));
-        };
-        // Of two numbers of equal length, the greater one is the greater string of bytes.
-        if block.len() != wanted.modulus.len() || block >= &wanted.modulus[..] {
-            return Err(KeyError::Block);
-        }
-        let key = key.fast(&wanted.nickname);
-        let mut result = Zeroizing::new(vec![0; block.len()]);
-        let written = key
-            .rsa_decrypt_raw(block, &mut result)
-            // A key may be allowed to sign and not to decrypt. To sign a ready block is the same operation.
-            .or_else(|first| key.rsa_sign_raw(block, &mut result).map_err(|_| first))
-            .map_err(|error| KeyError::Failed(error.to_string()))?;
-        if written != block.len() {
-            return Err(KeyError::Failed(format!("NSS gave {written} bytes for {}", block.len())));
-        }
-        Ok(Secret::new(std::mem::take(&mut *result)))
-    }
-
-    fn ecdsa(&self, _: usize, _: &[u8]) -> Result<Vec<u8>, KeyError> {
-        // Only RSA keys are taken from a database yet.
-        Err(KeyError::Block)
-    }
-
-    fn ecdh(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
-        Err(KeyError::Block)
-    }
-}
-
-impl Drop for NssLogin {
-    fn drop(&mut self) {
-        let mut login = self.store.lock();
-        // A newer login is not ours to end.
-        if login.generation == self.generation {
-            login.end(&self.store.slot);
-        }
     }
 }

@@ -1,0 +1,306 @@
+//! Logins to a slot, and what can be done while one lasts.
+
+use std::ffi::CStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vscard_protocol::Secret;
+use zeroize::Zeroizing;
+
+use super::super::certificate::PublicKey;
+use super::super::{KeyError, UnlockError, Unlocked};
+use super::ffi::{self, Attribute, Login, Mechanism, NssError, PrivateKey, Slot, Window};
+use super::{point, rsa};
+
+/// softoken refuses longer passwords without a look.
+const MAX_PASSWORD: usize = 500;
+
+/// What a password is compared with by NSS, which takes it as a C string.
+pub(super) fn check_password(slot: &Slot, secret: &Secret) -> Result<(), UnlockError> {
+    let not_checked = |reason: &str| Err(UnlockError::NotChecked(reason.to_owned()));
+    if secret.len() > MAX_PASSWORD {
+        return not_checked("longer than 500 bytes");
+    }
+    let mut password = Zeroizing::new(Vec::with_capacity(secret.len() + 1));
+    password.extend_from_slice(secret.expose());
+    password.push(0);
+    // With a zero inside, only what stands before it would be compared.
+    let Ok(password) = CStr::from_bytes_with_nul(&password) else {
+        return not_checked("it holds a zero byte");
+    };
+    match slot.log_in(password) {
+        Login::Accepted => Ok(()),
+        Login::Wrong => Err(UnlockError::Wrong),
+        Login::NotChecked(NssError::LOCKED_PASSWORD) => Err(UnlockError::Locked),
+        Login::NotChecked(error) => not_checked(&error.to_string()),
+    }
+}
+
+/// How the private key of a certificate is found after login, and known to be the right one.
+pub(super) struct WantedKey {
+    /// What errors call it.
+    pub(super) name: String,
+    /// Its CKA_ID.
+    pub(super) id: Vec<u8>,
+    pub(super) public: PublicKey,
+}
+
+/// What a store and its logins share.
+pub(super) struct Keys {
+    pub(super) wanted: Vec<WantedKey>,
+    pub(super) slot: Arc<Slot>,
+    pub(super) place: Place,
+    /// Held through every login, logout and operation: a login logs out first, which would make an operation
+    /// that runs beside it fail.
+    current: Mutex<Current>,
+}
+
+/// Where the keys are.
+pub(super) enum Place {
+    /// In a database: they may be copied to memory, all that are wanted must be there.
+    Database,
+    /// On the token of that insertion, which they do not leave.
+    Token {
+        /// [`Slot::series`] of the insertion.
+        series: i32,
+        /// For keys that want the PIN each time.
+        window: Window,
+    },
+}
+
+/// The login that counts now.
+#[derive(Default)]
+struct Current {
+    /// How many logins have been started. An [`NssLogin`] with another number is over.
+    generation: u64,
+    /// In the order of [`Keys::wanted`]; empty when logged out. A key that a token does not have is `None`.
+    keys: Vec<Option<LoginKey>>,
+    /// For keys that want the PIN each time, until it is used.
+    pin: Option<Secret>,
+}
+
+/// A private key of the current login.
+struct LoginKey {
+    key: PrivateKey,
+    /// Whether `key` is in memory, or at least that has been tried.
+    copied: bool,
+    /// CKA_ALWAYS_AUTHENTICATE.
+    wants_pin: bool,
+}
+
+impl LoginKey {
+    /// The key as it is fastest.
+    ///
+    /// From a database, each operation derives keys from the password several times, 30 ms in all. A
+    /// session copy costs that once. It is made at the first use, because a login of ten keys of which one is
+    /// used would wait 300 ms.
+    fn fast(&mut self, place: &Place, name: &str) -> &PrivateKey {
+        if !self.copied && matches!(place, Place::Database) {
+            self.copied = true;
+            match self.key.session_copy() {
+                Ok(copy) => self.key = copy,
+                Err(error) => {
+                    tracing::debug!(name, %error, "no session copy of the private key: operations are slow");
+                }
+            }
+        }
+        &self.key
+    }
+}
+
+impl Keys {
+    pub(super) fn new(wanted: Vec<WantedKey>, slot: Arc<Slot>, place: Place) -> Self {
+        Self { wanted, slot, place, current: Mutex::default() }
+    }
+
+    /// Logs in with `secret`, if the slot wants one, and finds the keys.
+    pub(super) fn unlock(self: &Arc<Self>, secret: &Secret) -> Result<NssLogin, UnlockError> {
+        let mut current = self.lock();
+        // Also before a check that fails without asking NSS: after any error nobody is logged in.
+        self.end(&mut current);
+        // Another token must not be given the PIN. NSS has to be asked for it after an insertion in any case.
+        if matches!(self.place, Place::Token { .. }) && !(self.slot.is_present() && self.is_its_insertion()) {
+            return Err(UnlockError::NotChecked("the token was removed".into()));
+        }
+        if self.slot.needs_login() {
+            check_password(&self.slot, secret)?;
+        }
+        match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
+            Ok(keys) => current.keys = keys,
+            Err(reason) => {
+                self.end(&mut current);
+                return Err(UnlockError::NotChecked(reason));
+            }
+        }
+        if current.keys.iter().flatten().any(|key| key.wants_pin) {
+            current.pin = Some(secret.clone());
+        }
+        Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
+    }
+
+    /// Whether no other token was inserted since.
+    fn is_its_insertion(&self) -> bool {
+        match self.place {
+            Place::Database => true,
+            Place::Token { series, .. } => self.slot.series() == series,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Current> {
+        // Nothing can panic between two changes that belong together.
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, current: &mut Current) {
+        // The keys first: a session copy works on after a logout.
+        current.keys.clear();
+        current.pin = None;
+        // A token that came into the slot since has a login of its own.
+        if self.is_its_insertion() {
+            self.slot.log_out();
+        }
+        current.generation += 1;
+    }
+
+    fn find(&self, wanted: &WantedKey) -> Result<Option<LoginKey>, String> {
+        let WantedKey { name, id, public } = wanted;
+        let failed = |error: NssError| format!("the private key of certificate {name:?}: {error}");
+        let window = match &self.place {
+            Place::Database => None,
+            Place::Token { window, .. } => Some(window),
+        };
+        let Some(key) = PrivateKey::find(&self.slot, id, window).map_err(failed)? else {
+            return match self.place {
+                Place::Database => Err(format!("the database has no private key for certificate {name:?}")),
+                Place::Token { .. } => {
+                    tracing::warn!("the token has no private key for certificate {name:?}");
+                    Ok(None)
+                }
+            };
+        };
+        // The private key of an EC pair tells nothing of the public one; what there is of that was looked at.
+        if let PublicKey::Rsa { modulus } = public {
+            let found = key.attribute(Attribute::Modulus).map_err(failed)?;
+            if without_leading_zeros(&found) != modulus {
+                return Err(format!("the private key under the ID of certificate {name:?} is another's"));
+            }
+        }
+        let wants_pin = window.is_some()
+            && key
+                .attribute(Attribute::AlwaysAuthenticate)
+                .is_ok_and(|value| value.iter().any(|&byte| byte != 0));
+        Ok(Some(LoginKey { key, copied: false, wants_pin }))
+    }
+}
+
+pub(super) fn without_leading_zeros(number: &[u8]) -> &[u8] {
+    let zeros = number.iter().take_while(|&&byte| byte == 0).count();
+    number.get(zeros..).unwrap_or_default()
+}
+
+/// One login of a store.
+pub(super) struct NssLogin {
+    generation: u64,
+    keys: Arc<Keys>,
+}
+
+impl NssLogin {
+    /// Makes of a public key what is to be worked on, `None` if it does not fit, and works on it with the private
+    /// key, which gets the PIN if it wants it.
+    fn with_key<P, T>(
+        &self,
+        index: usize,
+        prepare: impl FnOnce(&PublicKey) -> Option<P>,
+        operate: impl FnOnce(&PrivateKey, P) -> Result<T, KeyError>,
+    ) -> Result<T, KeyError> {
+        let current = &mut *self.keys.lock();
+        if current.generation != self.generation {
+            return Err(KeyError::LoggedOut);
+        }
+        let Keys { wanted, place, .. } = &*self.keys;
+        let missing = || KeyError::Failed(format!("there is no private key number {index}"));
+        let wanted = wanted.get(index).ok_or_else(missing)?;
+        let key = current.keys.get_mut(index).and_then(Option::as_mut).ok_or_else(missing)?;
+        let prepared = prepare(&wanted.public).ok_or(KeyError::Block)?;
+        let _armed = match place {
+            Place::Token { window, .. } if key.wants_pin => {
+                // The PIN of the VERIFY just before counts for one operation, whatever becomes of it.
+                Some(window.arm(current.pin.take().ok_or(KeyError::LoggedOut)?))
+            }
+            _ => None,
+        };
+        operate(key.fast(place, &wanted.name), prepared)
+    }
+}
+
+impl Unlocked for NssLogin {
+    fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
+        let prepare = |public: &PublicKey| match public {
+            // Of two numbers of equal length, the greater one is the greater string of bytes.
+            PublicKey::Rsa { modulus } => {
+                (block.len() == modulus.len() && block < &modulus[..]).then_some(())
+            }
+            PublicKey::Ec { .. } => None,
+        };
+        self.with_key(index, prepare, |key, ()| rsa::raw(key, block))
+    }
+
+    fn ecdsa(&self, index: usize, digest: &[u8]) -> Result<Vec<u8>, KeyError> {
+        let prepare = |public: &PublicKey| match public {
+            PublicKey::Rsa { .. } => None,
+            PublicKey::Ec { curve, .. } => {
+                let len = curve.field_len();
+                (1..=len).contains(&digest.len()).then(|| vec![0; 2 * len])
+            }
+        };
+        self.with_key(index, prepare, |key, mut signature| {
+            offers(key, Mechanism::Ecdsa, "ECDSA")?;
+            let written = key.sign(Mechanism::Ecdsa, digest, &mut signature).map_err(failed)?;
+            of_length(written, signature.len())?;
+            Ok(signature)
+        })
+    }
+
+    fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
+        let prepare = |public: &PublicKey| match public {
+            PublicKey::Rsa { .. } => None,
+            PublicKey::Ec { curve, .. } => Some((point::public_key_info(*curve, point)?, curve.field_len())),
+        };
+        self.with_key(index, prepare, |key, (peer, len)| {
+            offers(key, Mechanism::Ecdh, "ECDH")?;
+            let peer = ffi::PublicKey::from_der(&peer).map_err(failed)?;
+            let shared = key.ecdh(&peer, len).map_err(failed)?;
+            of_length(shared.len(), len)?;
+            Ok(shared)
+        })
+    }
+}
+
+fn offers(key: &PrivateKey, mechanism: Mechanism, name: &str) -> Result<(), KeyError> {
+    if key.slot().has_mechanism(mechanism) {
+        Ok(())
+    } else {
+        Err(KeyError::Failed(format!("the token offers no {name}")))
+    }
+}
+
+pub(super) fn failed(error: NssError) -> KeyError {
+    KeyError::Failed(error.to_string())
+}
+
+pub(super) fn of_length(written: usize, wanted: usize) -> Result<(), KeyError> {
+    if written == wanted {
+        Ok(())
+    } else {
+        Err(KeyError::Failed(format!("NSS gave {written} bytes for {wanted}")))
+    }
+}
+
+impl Drop for NssLogin {
+    fn drop(&mut self) {
+        let mut current = self.keys.lock();
+        // A newer login is not ours to end.
+        if current.generation == self.generation {
+            self.keys.end(&mut current);
+        }
+    }
+}

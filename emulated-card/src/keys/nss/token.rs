@@ -1,0 +1,225 @@
+//! Keys and certificates on a token that a PKCS#11 module reaches: a smartcard in the host's reader, a security
+//! key, an HSM.
+//!
+//! A [`TokenStore`] is for one insertion: after a removal it fails for good, and the same token put back takes
+//! another. What is on a token stays there; private keys are used in place.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use thiserror::Error;
+use vscard_protocol::Secret;
+use x509_cert::der::asn1::ObjectIdentifier;
+use x509_cert::der::{AnyRef, Decode, Reader, SliceReader, Tag, Tagged};
+
+pub use super::module::{Module, ModuleError};
+pub use super::watch::{Token, TokenWatch};
+
+pub(crate) use super::watch::ring;
+
+use super::ffi::Window;
+use super::login::{Keys, Place, WantedKey};
+use super::{Content, Found, MAX_CERTIFICATES};
+use crate::keys::certificate::{self, Parts};
+use crate::keys::{Certificate, KeyStore, UnlockError, Unlocked};
+use crate::state::{StateDirectory, StateError, TokenClaim};
+
+/// Longest certificate that is looked at.
+const MAX_CERTIFICATE: usize = 0x8000;
+
+/// Why a token cannot be a card.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TokenError {
+    /// It is another card's already, or that cannot be known.
+    #[error(transparent)]
+    Claim(#[from] StateError),
+    /// It gives no objects.
+    #[error("the token {label:?} cannot be read: {reason}")]
+    Refused {
+        /// What it calls itself.
+        label: String,
+        /// The NSS error.
+        reason: String,
+    },
+    /// Its PIN is typed on its reader, where a guest has no fingers.
+    #[error(
+        "the PIN of the token {label:?} is typed on its reader, not sent to it, which a card cannot pass on"
+    )]
+    PinPad {
+        /// What it calls itself.
+        label: String,
+    },
+    /// There is no certificate for a card on it.
+    #[error(
+        "the token {label:?} has no certificate with a key of its own that a card can have (RSA of 1024 to 4096 bits, \
+         P-256, P-384; those of authorities do not count)"
+    )]
+    NoCertificates {
+        /// What it calls itself.
+        label: String,
+    },
+}
+
+/// The keys and certificates of one insertion of a token, for one card only.
+///
+/// Certificates come in the order of their CKA_ID, at most 24. Those of authorities are left out, and those without a
+/// key as far as that is visible before login; a private key that turns out to be missing fails when it is used.
+pub struct TokenStore {
+    certificates: Vec<Certificate>,
+    token: Token,
+    keys: Arc<Keys>,
+    /// Whether what the token says about tries may be believed: some say after a right PIN what was true before it.
+    tries_known: AtomicBool,
+    _claim: TokenClaim,
+}
+
+impl TokenStore {
+    /// Claims `token` in `directory` and reads its certificates.
+    ///
+    /// # Errors
+    /// [`TokenError`], which names the token.
+    pub fn open(token: &Token, directory: &StateDirectory) -> Result<Self, TokenError> {
+        let label = || token.label().to_owned();
+        if token.info.has_pin_pad() {
+            return Err(TokenError::PinPad { label: label() });
+        }
+        let claim = directory.claim_token(&token.name())?;
+        let content = Content::read(&token.slot)
+            .map_err(|reason| TokenError::Refused { label: label(), reason: reason.to_string() })?;
+        let (certificates, wanted): (Vec<_>, _) = usable(&content).into_iter().unzip();
+        if certificates.is_empty() {
+            return Err(TokenError::NoCertificates { label: label() });
+        }
+        let place = Place::Token { series: token.series, window: Window::new() };
+        Ok(Self {
+            certificates,
+            token: token.clone(),
+            keys: Arc::new(Keys::new(wanted, Arc::clone(&token.slot), place)),
+            tries_known: AtomicBool::new(true),
+            _claim: claim,
+        })
+    }
+
+    /// The token.
+    pub fn token(&self) -> &Token {
+        &self.token
+    }
+}
+
+impl fmt::Debug for TokenStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenStore").field("token", &self.token).finish_non_exhaustive()
+    }
+}
+
+impl KeyStore for TokenStore {
+    fn certificates(&self) -> &[Certificate] {
+        &self.certificates
+    }
+
+    fn needs_secret(&self) -> bool {
+        self.token.info.needs_login()
+    }
+
+    /// One while the token says that the next try is the last (CKF_USER_PIN_FINAL_TRY), none when it says that its
+    /// PIN is locked (CKF_USER_PIN_LOCKED).
+    fn tries_hint(&self) -> Option<u8> {
+        if !self.tries_known.load(Ordering::SeqCst) {
+            return None;
+        }
+        let info = self.token.slot.token_info().ok()?;
+        if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
+    }
+
+    fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        let outcome = self.keys.unlock(secret);
+        match outcome {
+            Ok(_) => self.tries_known.store(false, Ordering::SeqCst),
+            Err(UnlockError::Wrong | UnlockError::Locked) => self.tries_known.store(true, Ordering::SeqCst),
+            Err(UnlockError::NotChecked(_)) => {}
+        }
+        Ok(Box::new(outcome?))
+    }
+}
+
+fn usable(content: &Content) -> Vec<(Certificate, WantedKey)> {
+    // The shorter ID first: they are numbers, where they are not hashes.
+    let mut by_id: BTreeMap<(usize, &[u8]), (&Found, Parts)> = BTreeMap::new();
+    for found in &content.certificates {
+        // Some tokens have no public keys; then every certificate may have its private key.
+        let may_have_key = content.key_pairs.is_empty() || content.key_pairs.contains_key(&found.id);
+        if found.id.is_empty()
+            || !may_have_key
+            || found.der.len() > MAX_CERTIFICATE
+            || is_authority(&found.der)
+        {
+            continue;
+        }
+        let Ok(parts) = certificate::parse(&found.der) else { continue };
+        let id = (found.id.len(), &found.id[..]);
+        if by_id.get(&id).is_none_or(|(_, other)| other.validity < parts.validity) {
+            by_id.insert(id, (found, parts));
+        }
+    }
+    let usable = by_id.into_values().filter_map(|(found, parts)| {
+        let name = name_of(found);
+        let (public_key, public) = parts
+            .key()
+            .inspect_err(|unfit| tracing::warn!("certificate {name:?} on the token is left out: {unfit}"))
+            .ok()?;
+        if content.key_pairs.get(&found.id).is_some_and(|half| !half.may_be(&public)) {
+            tracing::warn!("certificate {name:?} on the token is left out: the key with its ID is another's");
+            return None;
+        }
+        let certificate =
+            Certificate { name: name.clone(), der: found.der.clone(), public_key, kind: public.kind() };
+        Some((certificate, WantedKey { name, id: found.id.clone(), public }))
+    });
+    usable.take(MAX_CERTIFICATES).collect()
+}
+
+fn name_of(found: &Found) -> String {
+    let label: String = String::from_utf8_lossy(&found.nickname).chars().take(64).collect();
+    if label.is_empty() { format!("ID {:02x?}", found.id.get(..4).unwrap_or(&found.id)) } else { label }
+}
+
+/// Whether basicConstraints make it a certificate of an authority (RFC 5280 §4.2.1.9).
+fn is_authority(der: &[u8]) -> bool {
+    authority(der).unwrap_or(false)
+}
+
+fn authority(der: &[u8]) -> x509_cert::der::Result<bool> {
+    const BASIC_CONSTRAINTS: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.19");
+
+    let certificate = AnyRef::from_der(der)?;
+    let tbs = AnyRef::decode(&mut SliceReader::new(certificate.value())?)?;
+    let mut fields = SliceReader::new(tbs.value())?;
+    while !fields.is_finished() {
+        let field = AnyRef::decode(&mut fields)?;
+        // RFC 5280 §4.1: extensions [3] EXPLICIT.
+        let tag: u8 = field.tag().into();
+        if tag != 0xA3 {
+            continue;
+        }
+        let list = AnyRef::from_der(field.value())?;
+        let mut extensions = SliceReader::new(list.value())?;
+        while !extensions.is_finished() {
+            let extension = AnyRef::decode(&mut extensions)?;
+            let mut parts = SliceReader::new(extension.value())?;
+            if ObjectIdentifier::decode(&mut parts)? != BASIC_CONSTRAINTS {
+                continue;
+            }
+            let mut part = AnyRef::decode(&mut parts)?;
+            if part.tag() == Tag::Boolean {
+                part = AnyRef::decode(&mut parts)?;
+            }
+            let constraints = AnyRef::from_der(part.value())?;
+            let mut constraints = SliceReader::new(constraints.value())?;
+            return Ok(!constraints.is_finished() && bool::decode(&mut constraints)?);
+        }
+    }
+    Ok(false)
+}

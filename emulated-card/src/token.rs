@@ -1,0 +1,224 @@
+//! A card of what is on a token: there while the token is in, removed with it.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use thiserror::Error;
+use tokio::sync::watch;
+use vscard_protocol::{Card, CardError, CardSource, Presence, PresenceWatch};
+
+use crate::card::EmulatedCard;
+use crate::keys::nss::token::{Module, Token, TokenError, TokenStore, TokenWatch, ring};
+use crate::shell::CardSlot;
+use crate::state::StateDirectory;
+
+/// Makes a card of a token's store, at each insertion.
+pub type Make =
+    Box<dyn Fn(Arc<TokenStore>) -> Result<EmulatedCard, Box<dyn Error + Send + Sync>> + Send + Sync>;
+
+/// Why there is no card on a token.
+#[derive(Debug, Error)]
+pub enum TokenCardError {
+    /// The token is not usable.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// No card could be made of it.
+    #[error(transparent)]
+    Card(Box<dyn Error + Send + Sync>),
+    /// It is not clear which one is meant.
+    #[error("there are several such tokens: {}; name one by its label or serial number", .0.join(", "))]
+    Several(Vec<String>),
+    /// The system gives no thread.
+    #[error("the system gives no thread for the card: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// A card on a token. Each insertion of the token is one of the card: its certificates are read anew, and nothing of
+/// an earlier login is left.
+pub struct TokenCard {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    watch: TokenWatch,
+    wanted: Option<String>,
+    directory: StateDirectory,
+    make: Make,
+    forget_pin: Option<Duration>,
+    presence: watch::Sender<Presence>,
+    current: Mutex<Current>,
+    stop: AtomicBool,
+}
+
+#[derive(Default)]
+struct Current {
+    inserted: Option<Inserted>,
+    insertions: u64,
+}
+
+struct Inserted {
+    number: u64,
+    token: Token,
+    slot: Arc<CardSlot>,
+    /// The number that `slot` knows this insertion by.
+    number_in_slot: u64,
+}
+
+impl TokenCard {
+    /// A card on the token with that label or serial number; without one, on the only token that wants a login.
+    ///
+    /// The token may come later. One that comes and is not usable, or is another card's, is warned of and left
+    /// alone until it is put in again. `forget_pin` is as for [`CardSlot::forget_pin`].
+    ///
+    /// # Errors
+    /// [`TokenCardError`] about the token that is in now.
+    pub fn open(
+        modules: &[Module],
+        wanted: Option<String>,
+        directory: StateDirectory,
+        forget_pin: Option<Duration>,
+        make: Make,
+    ) -> Result<Self, TokenCardError> {
+        let shared = Arc::new(Shared {
+            watch: TokenWatch::new(modules)?,
+            wanted,
+            directory,
+            make,
+            forget_pin,
+            presence: watch::Sender::new(Presence::Absent),
+            current: Mutex::default(),
+            stop: AtomicBool::new(false),
+        });
+        let seen = shared.watch.changes();
+        let first = shared.find()?;
+        if let Some(token) = &first {
+            shared.insert(token)?;
+        }
+        let thread = {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new().name("token".into()).spawn(move || shared.follow(seen, first))?
+        };
+        Ok(Self { shared, thread: Some(thread) })
+    }
+}
+
+impl Drop for TokenCard {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        ring();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        self.shared.remove();
+    }
+}
+
+impl fmt::Debug for TokenCard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenCard").field("wanted", &self.shared.wanted).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl CardSource for TokenCard {
+    fn presence(&self) -> PresenceWatch {
+        self.shared.presence.subscribe().into()
+    }
+
+    async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        let (slot, number) = match &self.shared.lock().inserted {
+            Some(inserted) if inserted.number == insertion => {
+                (Arc::clone(&inserted.slot), inserted.number_in_slot)
+            }
+            _ => return Err(CardError::Removed),
+        };
+        slot.power_on(number).await
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Current> {
+        // Nothing that holds the lock can panic half-way through a change.
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The token that is meant, if it is in.
+    fn find(&self) -> Result<Option<Token>, TokenCardError> {
+        let mut tokens = self.watch.tokens();
+        tokens.retain(|token| match &self.wanted {
+            Some(wanted) => [token.label(), token.serial_number()].contains(&wanted.as_str()),
+            None => token.needs_login(),
+        });
+        if tokens.len() > 1 {
+            let shown = |token: &Token| format!("{:?} ({:?})", token.label(), token.serial_number());
+            return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
+        }
+        Ok(tokens.pop())
+    }
+
+    /// Follows the token until the card is dropped. `handled` is the one that was seen last.
+    fn follow(&self, mut seen: u64, mut handled: Option<Token>) {
+        loop {
+            self.watch.wait(seen);
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            seen = self.watch.changes();
+            let inserted = self.lock().inserted.as_ref().map(|inserted| inserted.token.clone());
+            if inserted.is_some_and(|inserted| self.watch.tokens().contains(&inserted)) {
+                // Whatever else came or went.
+                continue;
+            }
+            self.remove();
+            let found = self.find().unwrap_or_else(|error| {
+                tracing::warn!("no card: {error}");
+                None
+            });
+            if found != handled {
+                if let Some(token) = &found {
+                    if let Err(error) = self.insert(token) {
+                        tracing::warn!("no card on the token {:?}: {error}", token.label());
+                    }
+                }
+            }
+            handled = found;
+        }
+    }
+
+    fn insert(&self, token: &Token) -> Result<(), TokenCardError> {
+        let store = Arc::new(TokenStore::open(token, &self.directory)?);
+        let card = (self.make)(store).map_err(TokenCardError::Card)?;
+        let slot = CardSlot::new(card)?;
+        slot.forget_pin(self.forget_pin);
+        let number_in_slot = slot.insert();
+        let presence = slot.presence().get();
+        let mut current = self.lock();
+        current.insertions += 1;
+        let number = current.insertions;
+        current.inserted =
+            Some(Inserted { number, token: token.clone(), slot: Arc::new(slot), number_in_slot });
+        self.presence.send_replace(match presence {
+            Presence::Absent => Presence::Absent,
+            Presence::Present { atr, limits, .. } => Presence::Present { insertion: number, atr, limits },
+        });
+        tracing::info!("card on the token {:?}", token.label());
+        Ok(())
+    }
+
+    fn remove(&self) {
+        let removed = self.lock().inserted.take();
+        if let Some(inserted) = removed {
+            self.presence.send_replace(Presence::Absent);
+            // A power-up that runs beside this may hold the slot yet.
+            inserted.slot.remove();
+            tracing::info!("the token {:?} is gone, and the card on it", inserted.token.label());
+        }
+    }
+}
