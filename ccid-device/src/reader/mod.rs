@@ -9,7 +9,7 @@ mod usbip;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
@@ -26,9 +26,6 @@ pub use usbip::Exports;
 
 /// Events of one reader that may wait; whoever has more waits, too.
 const MOST_EVENTS: usize = 256;
-
-/// How long a guest whose connection is gone is waited for: it may be migrating, or its VMM may be dead.
-const LOST: Duration = Duration::from_secs(30);
 
 /// Where a reader appears.
 pub enum Carrier {
@@ -189,15 +186,10 @@ impl Reader {
         let mut session = Session::new();
         let mut connections = Connections::new();
         let mut alarm = Alarm::new();
-        let mut lost_by = None;
         loop {
             self.carry_usbredir(&mut session, &mut connections);
             self.tell_attached(session.is_attached());
-            lost_by = match session.is_attached() && !session.is_connected() {
-                true => lost_by.or_else(|| Some(Instant::now() + LOST)),
-                false => None,
-            };
-            let due = [self.device.next_deadline(), session.next_deadline(), lost_by];
+            let due = [self.device.next_deadline(), session.next_deadline()];
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
@@ -230,12 +222,7 @@ impl Reader {
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => {
                     self.device.handle_deadline(now);
-                    session.handle_deadline(now);
-                    if lost_by.is_some_and(|at| at <= now) {
-                        tracing::info!("the guest has not come back; its card sessions end");
-                        session.unplug(&mut self.device, now);
-                        session.plug();
-                    }
+                    session.handle_deadline(&mut self.device, now);
                 }
             }
         }
