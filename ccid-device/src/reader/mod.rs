@@ -23,6 +23,7 @@ use crate::{Action, ConfigError, Device, DeviceConfig, SlotId};
 use connection::{Connections, Event as Happened};
 use slot::{Job, SlotEvent, SlotTask};
 pub use usbip::Exports;
+use usbip::Order;
 
 /// Events of one reader that may wait; whoever has more waits, too.
 const MOST_EVENTS: usize = 256;
@@ -63,6 +64,7 @@ impl std::fmt::Display for ReaderEvent {
 enum Request {
     Query(oneshot::Sender<Status>),
     Eject(SlotId, bool, oneshot::Sender<bool>),
+    Detach(oneshot::Sender<bool>),
     Unplug(oneshot::Sender<()>),
 }
 
@@ -95,7 +97,15 @@ impl Handle {
         self.0.send(Event::Request(request)).await.is_ok() && answer.await.unwrap_or(false)
     }
 
-    /// Takes the reader out of the guest and ends it; returns when the guest's side knows, or could have.
+    /// Takes the reader from the guest that has it, whose card sessions end; whether there was one. A USB/IP client's
+    /// connection is closed, and the next client can import the reader; over usbredir it is plugged in again at once.
+    pub async fn detach(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Event::Request(Request::Detach(reply))).await.is_ok() && answer.await.unwrap_or(false)
+    }
+
+    /// Takes the reader out of the guest and ends it; returns when what tells the guest's side is written and the
+    /// connection closed, or nobody reads it.
     pub async fn unplug(&self) {
         let (reply, answer) = oneshot::channel();
         if self.0.send(Event::Request(Request::Unplug(reply))).await.is_ok() {
@@ -216,8 +226,17 @@ impl Reader {
                     self.tell_attached(session.is_attached());
                     connections.flush().await;
                     opener.abort();
-                    tell(Some(reply));
+                    tell(reply, ());
                     return Ok(());
+                }
+                Next::Event(Event::Request(Request::Detach(reply))) => {
+                    let detached = session.is_attached();
+                    if detached {
+                        session.unplug(&mut self.device, now);
+                        self.tell_attached(false);
+                        session.plug();
+                    }
+                    tell(reply, detached);
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => {
@@ -272,13 +291,24 @@ impl Reader {
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
-                Some((stream, rest)) = exports.imported() => {
-                    let (done, _) = oneshot::channel();
-                    let id = connections.add(stream, done);
-                    tracing::info!("imported by a USB/IP client");
-                    let mut session = exports.urbs();
-                    session.handle(urbs::Input::Received(rest.expose()), &mut self.device, Instant::now());
-                    client = Some((id, session));
+                Some(order) = exports.order() => {
+                    match order {
+                        Order::Imported(stream, rest) => {
+                            let (done, _) = oneshot::channel();
+                            let id = connections.add(stream, done);
+                            tracing::info!("imported by a USB/IP client");
+                            let mut session = exports.urbs();
+                            let input = urbs::Input::Received(rest.expose());
+                            session.handle(input, &mut self.device, Instant::now());
+                            client = Some((id, session));
+                        }
+                        Order::Ask => {
+                            if let Some((_, urbs)) = &mut client {
+                                tracing::debug!("wanted by another USB/IP client");
+                                urbs.handle(urbs::Input::AskPeer, &mut self.device, Instant::now());
+                            }
+                        }
+                    }
                     continue;
                 }
                 () = alarm.at(self.device.next_deadline()) => Next::Due,
@@ -292,23 +322,46 @@ impl Reader {
                     }
                 }
                 Next::Happened(Happened::Lost(id)) => {
-                    if let Some((_, mut urbs)) = client.take_if(|(of, _)| *of == id) {
+                    if client.as_ref().is_some_and(|(of, _)| *of == id) {
                         tracing::info!("USB/IP client gone");
-                        urbs.handle(urbs::Input::Gone, &mut self.device, now);
+                        self.end_import(&mut client, &mut connections, now);
                         exports.set_free();
                     }
                 }
                 Next::Event(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
                 Next::Event(Event::Connected(..)) => {}
                 Next::Event(Event::Request(Request::Unplug(reply))) => {
+                    self.end_import(&mut client, &mut connections, now);
                     connections.flush().await;
-                    let _ = reply.send(());
+                    tell(reply, ());
                     return;
+                }
+                Next::Event(Event::Request(Request::Detach(reply))) => {
+                    let detached = self.end_import(&mut client, &mut connections, now);
+                    if detached {
+                        exports.set_free();
+                    }
+                    tell(reply, detached);
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => self.device.handle_deadline(now),
             }
         }
+    }
+
+    /// Takes the device from the client that has it, if one does: the end of its connection is the unplugging.
+    fn end_import(
+        &mut self,
+        client: &mut Option<(u64, Urbs)>,
+        connections: &mut Connections,
+        now: Instant,
+    ) -> bool {
+        let Some((id, mut urbs)) = client.take() else { return false };
+        urbs.handle(urbs::Input::Gone, &mut self.device, now);
+        self.act();
+        connections.close(id);
+        self.tell_attached(false);
+        true
     }
 
     fn carry_usbip(
@@ -404,16 +457,16 @@ impl Reader {
                 let jobs = self.slots.get(usize::from(slot.0)).and_then(Option::as_ref);
                 let _ = reply.send(jobs.is_some_and(|jobs| jobs.send(Job::Eject(ejected)).is_ok()));
             }
-            Request::Unplug(reply) => tell(Some(reply)),
+            // A carrier's.
+            Request::Detach(reply) => tell(reply, false),
+            Request::Unplug(reply) => tell(reply, ()),
         }
     }
 }
 
 /// Whoever asked may have given up.
-fn tell(asked: Option<oneshot::Sender<()>>) {
-    if let Some(reply) = asked {
-        let _ = reply.send(());
-    }
+fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
+    let _ = asked.send(answer);
 }
 
 async fn sleep_until(at: Option<Instant>) {
