@@ -89,12 +89,14 @@ impl Handle {
         answer.await.ok()
     }
 
-    /// Puts the card of a slot in, or takes it out, as far as the guest is concerned; whether there is such a slot
-    /// with a card.
-    pub async fn set_inserted(&self, slot: SlotId, inserted: bool) -> bool {
+    /// Puts the card of a slot in, or takes it out, as far as the guest is concerned; whether a card is in then.
+    /// `None` if there is no such slot, or it has no source of cards. A card that was just taken out is in after a
+    /// second.
+    pub async fn set_inserted(&self, slot: SlotId, inserted: bool) -> Option<bool> {
         let (reply, answer) = oneshot::channel();
         let request = Request::Eject(slot, !inserted, reply);
-        self.0.send(Event::Request(request)).await.is_ok() && answer.await.unwrap_or(false)
+        self.0.send(Event::Request(request)).await.ok()?;
+        answer.await.ok()
     }
 
     /// Takes the reader from the guest that has it, whose card sessions end; whether there was one. A USB/IP client's
@@ -454,8 +456,10 @@ impl Reader {
                 let _ = reply.send(Status { attached: self.attached, cards: self.present.clone() });
             }
             Request::Eject(slot, ejected, reply) => {
-                let jobs = self.slots.get(usize::from(slot.0)).and_then(Option::as_ref);
-                let _ = reply.send(jobs.is_some_and(|jobs| jobs.send(Job::Eject(ejected)).is_ok()));
+                // The slot's task answers; without one the reply is dropped.
+                if let Some(Some(jobs)) = self.slots.get(usize::from(slot.0)) {
+                    let _ = jobs.send(Job::Eject(ejected, reply));
+                }
             }
             // A carrier's.
             Request::Detach(reply) => tell(reply, false),
@@ -467,13 +471,6 @@ impl Reader {
 /// Whoever asked may have given up.
 fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
     let _ = asked.send(answer);
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// A timer for deadlines that move with every command and hardly ever come: it is left as it is as long as it does

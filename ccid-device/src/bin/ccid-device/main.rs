@@ -5,7 +5,7 @@
 mod control;
 mod spec;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -59,7 +59,7 @@ Examples:
 
   # libvirt: <redirdev bus='usb' type='unix'><source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
 
-Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, quit.
+Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, quit.
   {\"execute\": \"remove\", \"arguments\": {\"reader\": 0, \"slot\": 1}}
 
 Exit status:
@@ -160,14 +160,7 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
         let free = (0..=u8::MAX).find(|slot| !placed[reader].contains_key(slot)).unwrap_or(u8::MAX);
         placed[reader].insert(free, kind);
     }
-    for number in 1..cli.readers.len() {
-        let (earlier, later) = cli.readers.split_at_mut(number);
-        let config = &mut later[0].config;
-        // USB/IP readers of one server have the same endpoint.
-        if earlier.iter().any(|other| other.config.serial == config.serial) {
-            config.serial = format!("{}-{number}", config.serial);
-        }
-    }
+    name_apart(&mut cli.readers).map_err(usage)?;
     let mut all = Vec::new();
     for (number, (reader, mut cards)) in cli.readers.iter_mut().zip(placed).enumerate() {
         let needed = cards.keys().last().map_or(1, |last| last.saturating_add(1));
@@ -190,6 +183,34 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
         all.push((0..slots).map(|slot| cards.remove(&slot)).collect());
     }
     Ok(all)
+}
+
+/// Gives each reader a serial number of its own. One that the user chose stays as it is.
+fn name_apart(readers: &mut [ReaderSpec]) -> Result<(), String> {
+    let mut taken = BTreeSet::new();
+    for (number, reader) in readers.iter().enumerate().filter(|(_, reader)| reader.serial_given) {
+        let serial = &reader.config.serial;
+        // Two machines may well have the same. But the readers of a server are for one, and it tells them apart by
+        // that number.
+        let same = |other: &&ReaderSpec| {
+            other.usbip && reader.usbip && other.endpoint == reader.endpoint && other.config.serial == *serial
+        };
+        if readers[..number].iter().filter(|other| other.serial_given).any(|other| same(&other)) {
+            return Err(format!(
+                "--reader: reader {number} has the serial={serial} of another reader of {}",
+                reader.endpoint
+            ));
+        }
+        taken.insert(serial.clone());
+    }
+    for (number, reader) in readers.iter_mut().enumerate().filter(|(_, reader)| !reader.serial_given) {
+        // USB/IP readers of one server have the same endpoint.
+        let derived = reader.config.serial.clone();
+        while !taken.insert(reader.config.serial.clone()) {
+            reader.config.serial = format!("{}-{number}", derived);
+        }
+    }
+    Ok(())
 }
 
 async fn run(mut cli: Cli) -> Result<(), Failure> {
@@ -239,6 +260,11 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         sources.push(slots);
     }
 
+    // Before a guest sees a reader that could not be told to go.
+    let control_channel = match cli.control {
+        Some(endpoint) => Some(Channel::open(endpoint, plaintext).await.map_err(unusable)?),
+        None => None,
+    };
     let mut carriers = carriers(&cli.readers, plaintext, &mut tasks).await?.into_iter();
     let mut readers = Vec::new();
     for (number, ((reader, sources), cards)) in cli.readers.into_iter().zip(sources).zip(kinds).enumerate() {
@@ -264,15 +290,15 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     }
 
     let control = Arc::new(Control { readers, events, quit: Notify::new() });
-    if let Some(endpoint) = cli.control {
-        let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
+    if let Some(channel) = control_channel {
         tokio::spawn(control::serve(channel, control.clone()));
     }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::debug!("readiness not told: {error}");
     }
     tracing::info!("ready");
-    signals.until_end(&mut tasks, &control).await?;
+    let ended = signals.until_end(&mut tasks, &control).await;
+    // Whatever ended it: no guest is to be left with a reader that says nothing.
     let unplugs: Vec<_> = control
         .readers
         .iter()
@@ -285,7 +311,7 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         let _ = unplug.await;
     }
     drop(kept);
-    Ok(())
+    ended
 }
 
 /// A carrier for each reader, in order. USB/IP readers with the same endpoint share a server.
