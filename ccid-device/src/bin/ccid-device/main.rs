@@ -190,16 +190,14 @@ fn name_apart(readers: &mut [ReaderSpec]) -> Result<(), String> {
     let mut taken = BTreeSet::new();
     for (number, reader) in readers.iter().enumerate().filter(|(_, reader)| reader.serial_given) {
         let serial = &reader.config.serial;
-        // Two machines may well have the same. But the readers of a server are for one, and it tells them apart by
-        // that number.
-        let same = |other: &&ReaderSpec| {
-            other.usbip && reader.usbip && other.endpoint == reader.endpoint && other.config.serial == *serial
-        };
-        if readers[..number].iter().filter(|other| other.serial_given).any(|other| same(&other)) {
-            return Err(format!(
-                "--reader: reader {number} has the serial={serial} of another reader of {}",
-                reader.endpoint
-            ));
+        // Readers for different machines may well have the same. Those of a USB/IP server are for one, which tells
+        // them apart by it.
+        let mut server = readers[..number].iter().filter(|other| {
+            reader.usbip && other.usbip && other.serial_given && other.endpoint == reader.endpoint
+        });
+        if server.any(|other| other.config.serial == *serial) {
+            let endpoint = &reader.endpoint;
+            return Err(format!("--reader: reader {number}: {endpoint} has a reader with serial={serial}"));
         }
         taken.insert(serial.clone());
     }
@@ -207,7 +205,7 @@ fn name_apart(readers: &mut [ReaderSpec]) -> Result<(), String> {
         // USB/IP readers of one server have the same endpoint.
         let derived = reader.config.serial.clone();
         while !taken.insert(reader.config.serial.clone()) {
-            reader.config.serial = format!("{}-{number}", derived);
+            reader.config.serial = format!("{derived}-{number}");
         }
     }
     Ok(())
@@ -267,15 +265,16 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     };
     let mut carriers = carriers(&cli.readers, plaintext, &mut tasks).await?.into_iter();
     let mut readers = Vec::new();
+    let mut tellers = Vec::new();
     for (number, ((reader, sources), cards)) in cli.readers.into_iter().zip(sources).zip(kinds).enumerate() {
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
-        tokio::spawn(async move {
+        tellers.push(tokio::spawn(async move {
             while let Some(event) = told.recv().await {
                 tracing::info!("reader {number}: {event}");
                 let _ = events.send((number, event));
             }
-        });
+        }));
         let running =
             Reader::new(reader.config, sources, news).map_err(|error| Failure::new(USAGE, error))?;
         let Some(carrier) = carriers.next() else { break };
@@ -309,6 +308,11 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         .collect();
     for unplug in unplugs {
         let _ = unplug.await;
+    }
+    // They have told the last of it when no reader is left.
+    tasks.shutdown().await;
+    for teller in tellers {
+        let _ = teller.await;
     }
     drop(kept);
     ended
@@ -395,4 +399,31 @@ fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
     Arc::new(move |line: &str| {
         let _ = writeln!(std::io::stderr().lock(), "apdu {reader}.{slot}: {line}");
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serials(readers: &[&str]) -> Result<Vec<String>, String> {
+        let mut readers: Vec<ReaderSpec> = readers.iter().map(|text| text.parse().unwrap()).collect();
+        name_apart(&mut readers)?;
+        Ok(readers.into_iter().map(|reader| reader.config.serial).collect())
+    }
+
+    #[test]
+    fn only_derived_serial_numbers_are_changed() {
+        let derived = serials(&["usbip,tcp-listen:127.0.0.1:1"]).unwrap().remove(0);
+        let given = format!("usbip,serial={derived},tcp-listen:127.0.0.1:1");
+        let all = serials(&["usbip,tcp-listen:127.0.0.1:1", "usbip,tcp-listen:127.0.0.1:1", &given]).unwrap();
+        assert_eq!(all, [format!("{derived}-0"), format!("{derived}-1"), derived]);
+        let same = [
+            "usbredir,serial=a,unix:/x",
+            "usbredir,serial=a,unix:/x",
+            "usbip,serial=a,tcp-listen:127.0.0.1:1",
+        ];
+        assert_eq!(serials(&same).unwrap(), ["a", "a", "a"]);
+        let error = serials(&[same[2], "usbip,tcp-listen:127.0.0.1:1", same[2]]).unwrap_err();
+        assert_eq!(error, "--reader: reader 2: tcp-listen:127.0.0.1:1 has a reader with serial=a");
+    }
 }
