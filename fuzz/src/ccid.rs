@@ -213,7 +213,7 @@ fn save_and_damage(bench: &Bench, at: u16, change: u8) {
     }
     device.handle_deadline(bench.now + Duration::from_secs(40));
     let again = device.save();
-    Device::restore(config.clone(), again.expose(), bench.now).expect("what it saved");
+    Device::restore(bench.config.clone(), again.expose(), bench.now).expect("what it saved");
 }
 
 /// A whole answer of an interface with that many slots is one (USB CCID 1.1 §6.2).
