@@ -178,11 +178,6 @@ impl Device {
         Ok(Self { config, configuration: 0, functions, actions })
     }
 
-    /// What it was made of.
-    pub fn config(&self) -> &DeviceConfig {
-        &self.config
-    }
-
     /// What its descriptors say, for a carrier that tells it in messages of its own.
     pub fn topology(&self) -> Topology {
         descriptor::topology(&self.config)

@@ -105,7 +105,7 @@ impl Slot {
         if self.abort.is_some() {
             return self.fail(header, ErrorCode::ABORTED, context);
         }
-        if self.running.is_some() {
+        if self.running.is_some() && !begins_anew(header.kind) {
             return self.fail(header, ErrorCode::SLOT_BUSY, context);
         }
         let [parameter, level_low, level_high] = header.specific;
@@ -190,6 +190,11 @@ impl Slot {
         }
         if self.card == Card::Absent {
             return Err(ErrorCode::ICC_MUTE);
+        }
+        if self.running.is_some() {
+            // Whoever waited for its answer is gone. libccid skips an answer to another message, but reads the one after
+            // it only as far as that was long.
+            context.queue.drop_answers(self.number);
         }
         self.unpower(context.actions);
         self.begin_power_on(seq, context);
@@ -521,6 +526,14 @@ impl Slot {
         let message = answer(kind, [self.number, seq], self.icc(), status, last, data);
         context.queue.push(self.number, message);
     }
+}
+
+/// The two messages that a busy slot takes. CMD_SLOT_BUSY is there for both (USB CCID 1.1 §6.2.6), but neither needs
+/// it: what the status is, is known, and a card can be reset at any time. A driver that waits for its answer sends
+/// neither; one that was killed meanwhile and started again begins with them, and libccid gives up for good a reader
+/// that refuses the first and a card whose reader refuses the second.
+fn begins_anew(kind: MessageType) -> bool {
+    matches!(kind, MessageType::GET_SLOT_STATUS | MessageType::ICC_POWER_ON)
 }
 
 fn no_data(data: &[u8]) -> Result<(), ErrorCode> {

@@ -22,7 +22,7 @@ const BEYOND: usize = 16 + 16 + 32;
 pub(crate) struct Bench {
     pub(crate) device: Device,
     pub(crate) now: Instant,
-    config: DeviceConfig,
+    pub(crate) config: DeviceConfig,
     /// What was asked of the cards, oldest first, the last few of them: completed or not.
     asked: Vec<Token>,
     tokens: HashSet<Token>,

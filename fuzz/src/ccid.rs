@@ -120,7 +120,7 @@ pub(crate) fn run(bytes: &[u8]) {
             13 => {
                 bench.check_size();
                 let saved = bench.device.save();
-                let restored = Device::restore(bench.device.config().clone(), saved.expose(), bench.now);
+                let restored = Device::restore(bench.config.clone(), saved.expose(), bench.now);
                 bench.device = restored.expect("what it saved");
                 // What was given before is given.
                 streams.iter_mut().for_each(|stream| stream.given.clear());
@@ -178,7 +178,7 @@ fn bulk_in(bench: &mut Bench, interface: u8, max: usize, stream: &mut Stream, sl
             assert!(stream.answer.len() <= length, "one transfer with more than one answer");
             if stream.answer.len() == length {
                 check_answer(&stream.answer, slots);
-                assert!(length <= bench.device.config().max_message as usize, "an answer too long");
+                assert!(length <= bench.config.max_message as usize, "an answer too long");
                 stream.answer.clear();
             } else {
                 assert_eq!(data.len(), max, "a short transfer within an answer");
@@ -206,15 +206,14 @@ fn save_and_damage(bench: &Bench, at: u16, change: u8) {
     let mut bytes = bench.device.save().expose().to_vec();
     let at = usize::from(at) % bytes.len();
     bytes[at] ^= change;
-    let config = bench.device.config();
-    let Ok(mut device) = Device::restore(config.clone(), &bytes, bench.now) else { return };
+    let Ok(mut device) = Device::restore(bench.config.clone(), &bytes, bench.now) else { return };
     for address in [0x81, 0x82] {
         let _ = device.bulk_in(address, 64);
         let _ = device.interrupt_in(address);
     }
     device.handle_deadline(bench.now + Duration::from_secs(40));
     let again = device.save();
-    Device::restore(config.clone(), again.expose(), bench.now).expect("what it saved");
+    Device::restore(bench.config.clone(), again.expose(), bench.now).expect("what it saved");
 }
 
 /// A whole answer of an interface with that many slots is one (USB CCID 1.1 §6.2).

@@ -18,17 +18,19 @@ pub(crate) fn run(bytes: &[u8]) {
     let mut exports: Vec<Export> = (0..=u16::from(input.byte() % 3))
         .map(|number| Export::new(number + 1, bench.device.topology()))
         .collect();
+    let mut imported = [false; 3];
     // Each client one after the other; the device is whose last.
     for _ in 0..4 {
         if input.is_empty() {
             break;
         }
         if let Some((index, rest)) = manage(&bench, &exports, input) {
-            assert!(!exports[index].is_imported(), "one device for two clients");
+            assert!(!imported[index], "one device for two clients");
             exports[index].set_imported(true);
             transfer(&mut bench, &exports[index], &rest, input);
             // A client that hangs on to it is another's trouble.
-            exports[index].set_imported(input.byte() % 4 == 3);
+            imported[index] = input.byte() % 4 == 3;
+            exports[index].set_imported(imported[index]);
         }
     }
     bench.check_usable();
@@ -50,7 +52,7 @@ fn manage(bench: &Bench, exports: &[Export], input: &mut Input<'_>) -> Option<(u
     }
     stream.extend(input.block());
     let mut rest = &stream[..];
-    connection.handle(&mut rest, exports);
+    connection.handle(&mut rest, exports, bench.now);
     if let Some(at) = connection.next_deadline() {
         connection.handle_deadline(at + Duration::from_secs(1));
         assert!(connection.next_deadline().is_none(), "a deadline that stays due");
@@ -66,11 +68,12 @@ fn manage(bench: &Bench, exports: &[Export], input: &mut Input<'_>) -> Option<(u
                 assert_eq!(bytes[..2], [0x01, 0x11], "version");
             }
             management::Output::Import(index) => (imported, ended) = (Some(index), true),
+            management::Output::Ask(index) => assert!(index < exports.len()),
             management::Output::Close(_) => ended = true,
         }
     }
     assert!(ended && sent <= 12 + 3 * (312 + 7 * 4), "{sent} bytes for a request");
-    connection.handle(&mut &stream[..], exports);
+    connection.handle(&mut &stream[..], exports, bench.now);
     assert!(connection.poll_output().is_none(), "something after the end");
     Some((imported?, rest.to_vec()))
 }

@@ -123,7 +123,7 @@ fn step(vmm: &mut Vmm, input: &mut Input<'_>) {
         _ => {
             vmm.bench.event(input);
             if vmm.session.next_deadline().is_some_and(|at| at <= vmm.bench.now) {
-                vmm.session.handle_deadline(vmm.bench.now);
+                vmm.session.handle_deadline(&mut vmm.bench.device, vmm.bench.now);
             }
             let next = vmm.session.next_deadline();
             assert!(next.is_none_or(|next| next > vmm.bench.now), "a deadline that stays due");

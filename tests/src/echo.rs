@@ -87,11 +87,6 @@ impl Echo {
         self.wait_for("a slow command", |sessions| sessions.sleeps >= count).await
     }
 
-    /// Waits until that many [`ins::SLEEP`] commands were answered.
-    pub async fn awake(&self, count: u32) -> Result<Sessions> {
-        self.wait_for("the end of a slow command", |sessions| sessions.wakes >= count).await
-    }
-
     async fn wait_for(&self, what: &str, done: impl FnMut(&Sessions) -> bool) -> Result<Sessions> {
         let mut watch = self.sessions.subscribe();
         let waited = watch.wait_for(done);

@@ -103,11 +103,16 @@ impl Stack {
         Ok(stack)
     }
 
-    /// The guest imports the reader over USB/IP.
+    /// The guest, once after each boot, gets ready for USB/IP and imports the reader.
     pub async fn attach(&self) -> Result<()> {
         self.guest.start_network().await?;
         // The tool keeps what it attached there.
         self.guest.ok("modprobe vhci-hcd && mkdir -p /var/run/vhci_hcd").await?;
+        self.import().await
+    }
+
+    /// The guest imports the reader over USB/IP, again.
+    pub async fn import(&self) -> Result<()> {
         let port = self.place.port;
         self.guest.ok(&format!("usbip --tcp-port {port} attach -r 10.0.2.2 -b 1-1")).await?;
         Ok(())

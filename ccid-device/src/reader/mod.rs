@@ -9,7 +9,7 @@ mod usbip;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
@@ -23,12 +23,10 @@ use crate::{Action, ConfigError, Device, DeviceConfig, SlotId};
 use connection::{Connections, Event as Happened};
 use slot::{Job, SlotEvent, SlotTask};
 pub use usbip::Exports;
+use usbip::Order;
 
 /// Events of one reader that may wait; whoever has more waits, too.
 const MOST_EVENTS: usize = 256;
-
-/// How long a guest whose connection is gone is waited for: it may be migrating, or its VMM may be dead.
-const LOST: Duration = Duration::from_secs(30);
 
 /// Where a reader appears.
 pub enum Carrier {
@@ -66,6 +64,7 @@ impl std::fmt::Display for ReaderEvent {
 enum Request {
     Query(oneshot::Sender<Status>),
     Eject(SlotId, bool, oneshot::Sender<bool>),
+    Detach(oneshot::Sender<bool>),
     Unplug(oneshot::Sender<()>),
 }
 
@@ -90,15 +89,25 @@ impl Handle {
         answer.await.ok()
     }
 
-    /// Puts the card of a slot in, or takes it out, as far as the guest is concerned; whether there is such a slot
-    /// with a card.
-    pub async fn set_inserted(&self, slot: SlotId, inserted: bool) -> bool {
+    /// Puts the card of a slot in, or takes it out, as far as the guest is concerned; whether a card is in then.
+    /// `None` if there is no such slot, or it has no source of cards. A card that was just taken out is in after a
+    /// second.
+    pub async fn set_inserted(&self, slot: SlotId, inserted: bool) -> Option<bool> {
         let (reply, answer) = oneshot::channel();
         let request = Request::Eject(slot, !inserted, reply);
-        self.0.send(Event::Request(request)).await.is_ok() && answer.await.unwrap_or(false)
+        self.0.send(Event::Request(request)).await.ok()?;
+        answer.await.ok()
     }
 
-    /// Takes the reader out of the guest and ends it; returns when the guest's side knows, or could have.
+    /// Takes the reader from the guest that has it, whose card sessions end; whether there was one. A USB/IP client's
+    /// connection is closed, and the next client can import the reader; over usbredir it is plugged in again at once.
+    pub async fn detach(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Event::Request(Request::Detach(reply))).await.is_ok() && answer.await.unwrap_or(false)
+    }
+
+    /// Takes the reader out of the guest and ends it; returns when what tells the guest's side is written and the
+    /// connection closed, or nobody reads it.
     pub async fn unplug(&self) {
         let (reply, answer) = oneshot::channel();
         if self.0.send(Event::Request(Request::Unplug(reply))).await.is_ok() {
@@ -189,15 +198,10 @@ impl Reader {
         let mut session = Session::new();
         let mut connections = Connections::new();
         let mut alarm = Alarm::new();
-        let mut lost_by = None;
         loop {
             self.carry_usbredir(&mut session, &mut connections);
             self.tell_attached(session.is_attached());
-            lost_by = match session.is_attached() && !session.is_connected() {
-                true => lost_by.or_else(|| Some(Instant::now() + LOST)),
-                false => None,
-            };
-            let due = [self.device.next_deadline(), session.next_deadline(), lost_by];
+            let due = [self.device.next_deadline(), session.next_deadline()];
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
@@ -224,18 +228,22 @@ impl Reader {
                     self.tell_attached(session.is_attached());
                     connections.flush().await;
                     opener.abort();
-                    tell(Some(reply));
+                    tell(reply, ());
                     return Ok(());
+                }
+                Next::Event(Event::Request(Request::Detach(reply))) => {
+                    let detached = session.is_attached();
+                    if detached {
+                        session.unplug(&mut self.device, now);
+                        self.tell_attached(false);
+                        session.plug();
+                    }
+                    tell(reply, detached);
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => {
                     self.device.handle_deadline(now);
-                    session.handle_deadline(now);
-                    if lost_by.is_some_and(|at| at <= now) {
-                        tracing::info!("the guest has not come back; its card sessions end");
-                        session.unplug(&mut self.device, now);
-                        session.plug();
-                    }
+                    session.handle_deadline(&mut self.device, now);
                 }
             }
         }
@@ -285,13 +293,24 @@ impl Reader {
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
-                Some((stream, rest)) = exports.imported() => {
-                    let (done, _) = oneshot::channel();
-                    let id = connections.add(stream, done);
-                    tracing::info!("imported by a USB/IP client");
-                    let mut session = exports.urbs();
-                    session.handle(urbs::Input::Received(rest.expose()), &mut self.device, Instant::now());
-                    client = Some((id, session));
+                Some(order) = exports.order() => {
+                    match order {
+                        Order::Imported(stream, rest) => {
+                            let (done, _) = oneshot::channel();
+                            let id = connections.add(stream, done);
+                            tracing::info!("imported by a USB/IP client");
+                            let mut session = exports.urbs();
+                            let input = urbs::Input::Received(rest.expose());
+                            session.handle(input, &mut self.device, Instant::now());
+                            client = Some((id, session));
+                        }
+                        Order::Ask => {
+                            if let Some((_, urbs)) = &mut client {
+                                tracing::debug!("wanted by another USB/IP client");
+                                urbs.handle(urbs::Input::AskPeer, &mut self.device, Instant::now());
+                            }
+                        }
+                    }
                     continue;
                 }
                 () = alarm.at(self.device.next_deadline()) => Next::Due,
@@ -305,23 +324,46 @@ impl Reader {
                     }
                 }
                 Next::Happened(Happened::Lost(id)) => {
-                    if let Some((_, mut urbs)) = client.take_if(|(of, _)| *of == id) {
+                    if client.as_ref().is_some_and(|(of, _)| *of == id) {
                         tracing::info!("USB/IP client gone");
-                        urbs.handle(urbs::Input::Gone, &mut self.device, now);
+                        self.end_import(&mut client, &mut connections, now);
                         exports.set_free();
                     }
                 }
                 Next::Event(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
                 Next::Event(Event::Connected(..)) => {}
                 Next::Event(Event::Request(Request::Unplug(reply))) => {
+                    self.end_import(&mut client, &mut connections, now);
                     connections.flush().await;
-                    let _ = reply.send(());
+                    tell(reply, ());
                     return;
+                }
+                Next::Event(Event::Request(Request::Detach(reply))) => {
+                    let detached = self.end_import(&mut client, &mut connections, now);
+                    if detached {
+                        exports.set_free();
+                    }
+                    tell(reply, detached);
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => self.device.handle_deadline(now),
             }
         }
+    }
+
+    /// Takes the device from the client that has it, if one does: the end of its connection is the unplugging.
+    fn end_import(
+        &mut self,
+        client: &mut Option<(u64, Urbs)>,
+        connections: &mut Connections,
+        now: Instant,
+    ) -> bool {
+        let Some((id, mut urbs)) = client.take() else { return false };
+        urbs.handle(urbs::Input::Gone, &mut self.device, now);
+        self.act();
+        connections.close(id);
+        self.tell_attached(false);
+        true
     }
 
     fn carry_usbip(
@@ -414,26 +456,21 @@ impl Reader {
                 let _ = reply.send(Status { attached: self.attached, cards: self.present.clone() });
             }
             Request::Eject(slot, ejected, reply) => {
-                let jobs = self.slots.get(usize::from(slot.0)).and_then(Option::as_ref);
-                let _ = reply.send(jobs.is_some_and(|jobs| jobs.send(Job::Eject(ejected)).is_ok()));
+                // The slot's task answers; without one the reply is dropped.
+                if let Some(Some(jobs)) = self.slots.get(usize::from(slot.0)) {
+                    let _ = jobs.send(Job::Eject(ejected, reply));
+                }
             }
-            Request::Unplug(reply) => tell(Some(reply)),
+            // A carrier's.
+            Request::Detach(reply) => tell(reply, false),
+            Request::Unplug(reply) => tell(reply, ()),
         }
     }
 }
 
 /// Whoever asked may have given up.
-fn tell(asked: Option<oneshot::Sender<()>>) {
-    if let Some(reply) = asked {
-        let _ = reply.send(());
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
-    }
+fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
+    let _ = asked.send(answer);
 }
 
 /// A timer for deadlines that move with every command and hardly ever come: it is left as it is as long as it does

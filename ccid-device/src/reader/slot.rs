@@ -2,12 +2,13 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use vscard_protocol::{Card, CardError, CardSource, Command, PresenceWatch};
 
-use super::{Event, sleep_until};
+use super::Event;
 use crate::{CardFailure, Outcome, SlotId, Token};
 
 /// For how long a slot is empty at least. A removal and an insertion that a guest hears of at once look like
@@ -19,8 +20,8 @@ pub(super) enum Job {
     PowerOn(Token),
     PowerOff,
     Transmit(Token, Command),
-    /// The user takes the card out, or puts it back.
-    Eject(bool),
+    /// The user takes the card out, or puts it back. Whether a card is in then, is told when the guest can see it.
+    Eject(bool, oneshot::Sender<bool>),
 }
 
 /// What became of the card.
@@ -38,6 +39,8 @@ pub(super) struct SlotTask {
     /// The insertion the device knows of.
     insertion: Option<u64>,
     ejected: bool,
+    /// Who is to hear whether a card is in.
+    asked: Vec<oneshot::Sender<bool>>,
     /// No card is shown before this, so that the guest sees that the one before it is gone.
     empty_until: Option<Instant>,
     card: Option<Box<dyn Card>>,
@@ -53,7 +56,17 @@ enum Next<T> {
 impl SlotTask {
     pub(super) fn new(slot: SlotId, source: Arc<dyn CardSource>, events: mpsc::Sender<Event>) -> Self {
         let watch = source.presence();
-        Self { slot, source, watch, events, insertion: None, ejected: false, empty_until: None, card: None }
+        Self {
+            slot,
+            source,
+            watch,
+            events,
+            insertion: None,
+            ejected: false,
+            asked: Vec::new(),
+            empty_until: None,
+            card: None,
+        }
     }
 
     pub(super) async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
@@ -84,8 +97,9 @@ impl SlotTask {
                     self.card = None;
                     continue;
                 }
-                Job::Eject(ejected) => {
+                Job::Eject(ejected, asked) => {
                     self.ejected = ejected;
+                    self.asked.push(asked);
                     self.look().await;
                     continue;
                 }
@@ -99,7 +113,12 @@ impl SlotTask {
                             None => Err(CardError::Removed),
                         }
                     };
-                    let sight = Sight { watch: &mut self.watch, insertion, ejected: &mut self.ejected };
+                    let sight = Sight {
+                        watch: &mut self.watch,
+                        insertion,
+                        ejected: &mut self.ejected,
+                        asked: &mut self.asked,
+                    };
                     match race(power, &mut jobs, sight).await {
                         Next::Done(card) => {
                             let outcome = match card {
@@ -124,7 +143,12 @@ impl SlotTask {
                         continue;
                     };
                     let insertion = self.insertion;
-                    let sight = Sight { watch: &mut self.watch, insertion, ejected: &mut self.ejected };
+                    let sight = Sight {
+                        watch: &mut self.watch,
+                        insertion,
+                        ejected: &mut self.ejected,
+                        asked: &mut self.asked,
+                    };
                     match race(card.transmit(&command), &mut jobs, sight).await {
                         Next::Done(response) => {
                             let outcome = match response {
@@ -151,17 +175,19 @@ impl SlotTask {
     /// Tells the device what is in now; another insertion is a removal first.
     async fn look(&mut self) {
         let now = if self.ejected { None } else { self.watch.get().insertion() };
+        if now != self.insertion {
+            if self.insertion.take().is_some() {
+                self.card = None;
+                self.empty_until = Some(Instant::now() + EMPTY);
+                self.tell(SlotEvent::Removed).await;
+            }
+            if now.is_some() && self.empty_until.is_none() {
+                self.insertion = now;
+                self.tell(SlotEvent::Inserted).await;
+            }
+        }
         if now == self.insertion {
-            return;
-        }
-        if self.insertion.take().is_some() {
-            self.card = None;
-            self.empty_until = Some(Instant::now() + EMPTY);
-            self.tell(SlotEvent::Removed).await;
-        }
-        if now.is_some() && self.empty_until.is_none() {
-            self.insertion = now;
-            self.tell(SlotEvent::Inserted).await;
+            answer(&mut self.asked, now.is_some());
         }
     }
 
@@ -181,6 +207,7 @@ struct Sight<'a> {
     watch: &'a mut PresenceWatch,
     insertion: Option<u64>,
     ejected: &'a mut bool,
+    asked: &'a mut Vec<oneshot::Sender<bool>>,
 }
 
 impl Sight<'_> {
@@ -202,7 +229,10 @@ async fn race<T>(
         tokio::select! {
             biased;
             job = jobs.recv() => match job {
-                Some(Job::Eject(ejected)) => *sight.ejected = ejected,
+                Some(Job::Eject(ejected, asked)) => {
+                    *sight.ejected = ejected;
+                    sight.asked.push(asked);
+                }
                 job => return Next::Job(job),
             },
             () = sight.watch.changed() => {}
@@ -212,6 +242,21 @@ async fn race<T>(
         if sight.has_changed() {
             return Next::Changed;
         }
+        answer(sight.asked, sight.insertion.is_some());
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whoever asked may have given up.
+fn answer(asked: &mut Vec<oneshot::Sender<bool>>, present: bool) {
+    for asked in asked.drain(..) {
+        let _ = asked.send(present);
     }
 }
 
@@ -292,6 +337,13 @@ mod tests {
             assert!(self.jobs.send(job).is_ok());
         }
 
+        /// Takes the card out, or puts it in; tells whether it is in.
+        fn eject(&self, ejected: bool) -> oneshot::Receiver<bool> {
+            let (asked, answer) = oneshot::channel();
+            self.send(Job::Eject(ejected, asked));
+            answer
+        }
+
         async fn next(&mut self) -> String {
             let Some(Event::Slot(_, event)) = self.events.recv().await else { panic!("no event") };
             match event {
@@ -312,7 +364,7 @@ mod tests {
     #[tokio::test]
     async fn a_look_that_shows_nothing_new_costs_no_answer() {
         let mut bench = Bench::transmitting().await;
-        bench.send(Job::Eject(false));
+        assert_eq!(bench.eject(false).await, Ok(true));
         bench.source.0.send_replace(present(1));
         tokio::task::yield_now().await;
         bench.answer.notify_one();
@@ -322,11 +374,28 @@ mod tests {
     #[tokio::test]
     async fn a_card_pulled_out_while_it_works_is_gone_at_once() {
         let mut bench = Bench::transmitting().await;
-        bench.send(Job::Eject(true));
+        assert_eq!(bench.eject(true).await, Ok(false));
         assert_eq!(bench.next().await, "removed");
         bench.answer.notify_one();
         bench.send(Job::Transmit(Token(3), Command::parse(&[0, 0xA4, 4, 0]).expect("a command")));
         assert_eq!(bench.next().await, "completed 3 failed");
+    }
+
+    #[tokio::test]
+    async fn whoever_puts_a_card_in_hears_of_it_when_it_is() {
+        tokio::time::pause();
+        let mut bench = Bench::transmitting().await;
+        assert_eq!(bench.eject(true).await, Ok(false));
+        let (first, second) = (bench.eject(false), bench.eject(false));
+        assert_eq!(bench.next().await, "removed");
+        assert_eq!((first.await, second.await), (Ok(true), Ok(true)));
+        assert_eq!(bench.next().await, "inserted");
+        // Out before it could be shown; and a source that has none.
+        assert_eq!(bench.eject(true).await, Ok(false));
+        let (inserted, removed) = (bench.eject(false), bench.eject(true));
+        assert_eq!((inserted.await, removed.await), (Ok(false), Ok(false)));
+        bench.source.0.send_replace(Presence::Absent);
+        assert_eq!(bench.eject(false).await, Ok(false));
     }
 
     #[tokio::test]
@@ -335,7 +404,7 @@ mod tests {
         let mut bench = Bench::transmitting().await;
         bench.source.0.send_replace(present(2));
         assert_eq!(bench.next().await, "removed");
-        let removed = tokio::time::Instant::now();
+        let removed = Instant::now();
         assert_eq!(bench.next().await, "inserted");
         assert!(removed.elapsed() >= Duration::from_millis(900));
     }

@@ -1,10 +1,10 @@
 //! The USB/IP server: one endpoint, any number of readers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use vscard_protocol::Secret;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 
@@ -14,14 +14,41 @@ use crate::usbip::{Export, Management, Urbs};
 
 /// Clients that may be choosing at a time; more wait in the backlog.
 const MOST_CHOOSING: usize = 16;
+/// After a client could not be accepted, as when there are no file descriptors left: the client stays in the
+/// backlog, so that trying again at once would never pause.
+const BACK_OFF: Duration = Duration::from_secs(1);
 
-type Imported = (Stream, Secret);
+/// What a reader hears from its server.
+pub(super) enum Order {
+    /// A client has it. These bytes have come after its request.
+    Imported(Stream, Secret),
+    /// Another client wants it: the one that has it may be gone.
+    Ask,
+}
+
+/// What the clients of a server share.
+struct Server {
+    exports: Mutex<Vec<Export>>,
+    /// Changes when one of them becomes free.
+    freed: watch::Sender<()>,
+}
+
+impl Server {
+    fn lock(&self) -> MutexGuard<'_, Vec<Export>> {
+        self.exports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_free(&self, index: usize) {
+        self.lock()[index].set_imported(false);
+        self.freed.send_replace(());
+    }
+}
 
 /// One reader's place at a server.
 pub struct Exports {
-    shared: Arc<Mutex<Vec<Export>>>,
+    server: Arc<Server>,
     index: usize,
-    imported: mpsc::Receiver<Imported>,
+    orders: mpsc::Receiver<Order>,
 }
 
 impl Exports {
@@ -31,72 +58,80 @@ impl Exports {
         devices: Vec<Topology>,
     ) -> (Vec<Self>, impl Future<Output = Result<(), ChannelError>> + Send) {
         let exports = devices.into_iter().zip(1..).map(|(topology, number)| Export::new(number, topology));
-        let shared = Arc::new(Mutex::new(exports.collect::<Vec<_>>()));
+        let exports = exports.collect::<Vec<_>>();
+        let count = exports.len();
+        let server = Arc::new(Server { exports: Mutex::new(exports), freed: watch::Sender::new(()) });
         let mut places = Vec::new();
         let mut senders = Vec::new();
-        for index in 0..lock(&shared).len() {
-            let (sender, imported) = mpsc::channel(1);
+        for index in 0..count {
+            let (sender, orders) = mpsc::channel(1);
             senders.push(sender);
-            places.push(Self { shared: shared.clone(), index, imported });
+            places.push(Self { server: server.clone(), index, orders });
         }
-        (places, accept(channel, shared, senders))
+        (places, accept(channel, server, senders))
     }
 
     /// What clients ask for.
     pub fn busid(&self) -> String {
-        lock(&self.shared)[self.index].busid()
+        self.server.lock()[self.index].busid()
     }
 
-    pub(super) async fn imported(&mut self) -> Option<Imported> {
-        self.imported.recv().await
+    pub(super) async fn order(&mut self) -> Option<Order> {
+        self.orders.recv().await
     }
 
     pub(super) fn urbs(&self) -> Urbs {
-        Urbs::new(&lock(&self.shared)[self.index])
+        Urbs::new(&self.server.lock()[self.index])
     }
 
     pub(super) fn set_free(&self) {
-        lock(&self.shared)[self.index].set_imported(false);
+        self.server.set_free(self.index);
     }
-}
-
-fn lock(exports: &Mutex<Vec<Export>>) -> MutexGuard<'_, Vec<Export>> {
-    exports.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn accept(
     mut channel: Channel,
-    shared: Arc<Mutex<Vec<Export>>>,
-    senders: Vec<mpsc::Sender<Imported>>,
+    server: Arc<Server>,
+    senders: Vec<mpsc::Sender<Order>>,
 ) -> Result<(), ChannelError> {
     let places = Arc::new(Semaphore::new(MOST_CHOOSING));
+    let mut warned = false;
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
         match channel.stream().await {
             Ok(stream) => {
-                let (shared, senders) = (shared.clone(), senders.clone());
+                warned = false;
+                let (server, senders) = (server.clone(), senders.clone());
                 tokio::spawn(async move {
-                    choose(stream, &shared, &senders).await;
+                    choose(stream, &server, &senders).await;
                     drop(place);
                 });
             }
             Err(error) if !error.is_transient() => return Err(error),
-            Err(error) => tracing::debug!("{error}"),
+            Err(error) => {
+                if !std::mem::replace(&mut warned, true) {
+                    tracing::warn!("{error}; trying again");
+                }
+                tokio::time::sleep(BACK_OFF).await;
+            }
         }
     }
 }
 
 /// Until the client has a device, or its list, or a refusal.
-async fn choose(mut stream: Stream, shared: &Mutex<Vec<Export>>, senders: &[mpsc::Sender<Imported>]) {
+async fn choose(mut stream: Stream, server: &Server, senders: &[mpsc::Sender<Order>]) {
     let mut management = Management::new(Instant::now());
+    let mut freed = server.freed.subscribe();
     let mut buffer = vec![0; 1024];
+    let mut early = Secret::default();
     loop {
         let Some(deadline) = management.next_deadline() else { return };
         let count = tokio::select! {
-            read = stream.read(&mut buffer) => match read {
+            read = stream.read(&mut buffer), if !management.is_waiting() => match read {
                 Ok(count @ 1..) => count,
                 _ => return,
             },
+            _ = freed.changed(), if management.is_waiting() => 0,
             () = tokio::time::sleep_until(deadline.into()) => {
                 management.handle_deadline(Instant::now());
                 0
@@ -107,8 +142,8 @@ async fn choose(mut stream: Stream, shared: &Mutex<Vec<Export>>, senders: &[mpsc
         let mut outputs = Vec::new();
         {
             // Asked and marked in one go, or two clients could have the same device.
-            let mut exports = lock(shared);
-            management.handle(&mut rest, &exports);
+            let mut exports = server.lock();
+            management.handle(&mut rest, &exports, Instant::now());
             while let Some(output) = management.poll_output() {
                 if let Output::Import(index) = output {
                     exports[index].set_imported(true);
@@ -117,12 +152,15 @@ async fn choose(mut stream: Stream, shared: &Mutex<Vec<Export>>, senders: &[mpsc
                 outputs.push(output);
             }
         }
+        early.extend(rest);
         let mut unsent = false;
         let mut closed = false;
         for output in outputs {
             match output {
                 Output::Send(bytes) => unsent |= stream.write_all(&bytes).await.is_err(),
                 Output::Import(_) => {}
+                // A reader that has no time for it has an order already: another such one, or a client.
+                Output::Ask(index) => drop(senders[index].try_send(Order::Ask)),
                 Output::Close(reason) => {
                     tracing::debug!("USB/IP client: {reason}");
                     closed = true;
@@ -130,9 +168,9 @@ async fn choose(mut stream: Stream, shared: &Mutex<Vec<Export>>, senders: &[mpsc
             }
         }
         if let Some(index) = chosen {
-            let handed = !unsent && senders[index].send((stream, Secret::from(rest))).await.is_ok();
+            let handed = !unsent && senders[index].send(Order::Imported(stream, early)).await.is_ok();
             if !handed {
-                lock(shared)[index].set_imported(false);
+                server.set_free(index);
             }
             return;
         }

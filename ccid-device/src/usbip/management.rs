@@ -23,6 +23,9 @@ const BUS: u32 = 1;
 
 /// How long a client may take for its one request.
 const REQUEST_WAIT: Duration = Duration::from_secs(30);
+/// How long the client that has a device may take to show that it is gone, before another one is refused. The reset
+/// of its connection comes within a round trip.
+const GONE_WAIT: Duration = Duration::from_secs(3);
 
 /// Status words of replies; clients take any but 0 for a refusal.
 const OK: u32 = 0;
@@ -47,11 +50,6 @@ impl Export {
     /// What clients ask for: `usbip attach -r HOST -b 1-1`.
     pub fn busid(&self) -> String {
         format!("1-{}", self.number)
-    }
-
-    /// Whether a client has it.
-    pub fn is_imported(&self) -> bool {
-        self.imported
     }
 
     /// Says whether a client has it; no other client can see or import it meanwhile.
@@ -103,6 +101,10 @@ pub enum Output {
     /// The client has this device, by its index in the exports: [mark it](Export::set_imported), and go on with
     /// [`Urbs`](super::Urbs), beginning with the bytes that were not taken. Nothing comes after this.
     Import(usize),
+    /// The client wants this device, which another one has, or had before its machine was reset: have that one
+    /// [asked](super::urbs::Input::AskPeer), and call [`handle`](Management::handle), without bytes, if its
+    /// connection ends. Until then no more is to be read.
+    Ask(usize),
     /// Write what is to be written, then close the stream. Nothing comes after this.
     Close(CloseReason),
 }
@@ -136,7 +138,9 @@ pub struct Management {
     /// Bytes of the request that have come.
     filled: usize,
     output: VecDeque<Output>,
-    /// By when the request must be complete; `None` when it has been answered.
+    /// It is for a device that another client has.
+    waiting: bool,
+    /// By when the request must be complete, or the device free; `None` when it has been answered.
     deadline: Option<Instant>,
 }
 
@@ -147,13 +151,14 @@ impl Management {
             request: [0; COMMON + BUSID],
             filled: 0,
             output: VecDeque::new(),
+            waiting: false,
             deadline: Some(now + REQUEST_WAIT),
         }
     }
 
     /// Takes bytes from the front of `received` up to the end of the request; what is left belongs to the URB
     /// phase, or to nobody.
-    pub fn handle(&mut self, received: &mut &[u8], exports: &[Export]) {
+    pub fn handle(&mut self, received: &mut &[u8], exports: &[Export], now: Instant) {
         if self.deadline.is_none() || !self.fill(COMMON, received) {
             return;
         }
@@ -164,7 +169,7 @@ impl Management {
         }
         match code {
             REQ_DEVLIST => self.list(exports),
-            REQ_IMPORT if self.fill(COMMON + BUSID, received) => self.import(exports),
+            REQ_IMPORT if self.fill(COMMON + BUSID, received) => self.import(exports, now),
             REQ_IMPORT => {}
             _ => self.refuse(code, NOT_AVAILABLE, CloseReason::UnknownRequest(code)),
         }
@@ -175,6 +180,11 @@ impl Management {
         self.output.pop_front()
     }
 
+    /// Whether the request is complete and waits for a device to become free: [`Output::Ask`].
+    pub fn is_waiting(&self) -> bool {
+        self.waiting && self.deadline.is_some()
+    }
+
     /// When [`handle_deadline`](Self::handle_deadline) is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.deadline
@@ -182,7 +192,12 @@ impl Management {
 
     /// Does what is due at `now`.
     pub fn handle_deadline(&mut self, now: Instant) {
-        if self.deadline.is_some_and(|at| at <= now) {
+        if self.deadline.is_none_or(|at| now < at) {
+            return;
+        }
+        if self.waiting {
+            self.refuse(REQ_IMPORT, BUSY, CloseReason::Busy(self.wanted()));
+        } else {
             self.finish(Output::Close(CloseReason::TimedOut));
         }
     }
@@ -214,16 +229,21 @@ impl Management {
         self.finish(Output::Close(CloseReason::Listed));
     }
 
-    fn import(&mut self, exports: &[Export]) {
+    /// The bus id of an import's request.
+    fn wanted(&self) -> String {
         let busid = self.request.get(COMMON..).unwrap_or_default();
-        let busid = String::from_utf8_lossy(busid.split(|byte| *byte == 0).next().unwrap_or_default());
-        match exports.iter().enumerate().find(|(_, export)| export.busid() == busid) {
-            None => {
-                let reason = CloseReason::NoSuchDevice(busid.into_owned());
-                self.refuse(REQ_IMPORT, NO_DEVICE, reason);
-            }
-            Some((_, export)) if export.imported => {
-                self.refuse(REQ_IMPORT, BUSY, CloseReason::Busy(export.busid()));
+        String::from_utf8_lossy(busid.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
+    }
+
+    fn import(&mut self, exports: &[Export], now: Instant) {
+        let wanted = self.wanted();
+        match exports.iter().enumerate().find(|(_, export)| export.busid() == wanted) {
+            None => self.refuse(REQ_IMPORT, NO_DEVICE, CloseReason::NoSuchDevice(wanted)),
+            Some((_, export)) if export.imported && self.waiting => {}
+            Some((index, export)) if export.imported => {
+                self.waiting = true;
+                self.deadline = Some(now + GONE_WAIT);
+                self.output.push_back(Output::Ask(index));
             }
             Some((index, export)) => {
                 let mut reply = common(REQ_IMPORT, OK);

@@ -8,7 +8,8 @@
 //!
 //! What belongs to both connections and devices, which device is imported by whom, is the caller's: it keeps one
 //! [`Export`] per device, marks it when [`management::Output::Import`] comes, before another connection is
-//! looked at, and unmarks it when that connection has ended.
+//! looked at, and unmarks it when that connection has ended. A machine that was reset leaves its connection open,
+//! so a device that is wanted by another client is asked for: [`management::Output::Ask`].
 //!
 //! The protocol has neither authentication nor encryption: whoever may connect, may use the card.
 //!
@@ -32,7 +33,7 @@
 //!
 //! let mut received = &stream[..];
 //! let mut connection = Management::new(now);
-//! connection.handle(&mut received, &exports);
+//! connection.handle(&mut received, &exports, now);
 //! assert!(matches!(connection.poll_output(), Some(management::Output::Send(reply)) if reply.len() == 8 + 312));
 //! assert_eq!(connection.poll_output(), Some(management::Output::Import(0)));
 //!

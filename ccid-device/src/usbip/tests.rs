@@ -33,7 +33,7 @@ fn ask(request: &[u8], cut: usize, exports: &[Export]) -> (Vec<management::Outpu
     let mut connection = Management::new(Instant::now());
     let mut left = Vec::new();
     for mut piece in request.chunks(cut.max(1)) {
-        connection.handle(&mut piece, exports);
+        connection.handle(&mut piece, exports, Instant::now());
         left.extend_from_slice(piece);
     }
     (std::iter::from_fn(|| connection.poll_output()).collect(), left)
@@ -81,8 +81,8 @@ fn the_list_has_every_free_device_with_its_interfaces() {
 }
 
 #[test]
-fn a_device_is_imported_once() {
-    let mut exports = exports();
+fn a_device_is_imported() {
+    let exports = exports();
     let mut request = import_request("1-1");
     request.extend_from_slice(b"first URB");
     for cut in [1, 7, 8, 40, 100] {
@@ -94,12 +94,58 @@ fn a_device_is_imported_once() {
         assert_eq!(reply[8..], first_record());
         assert_eq!(left, b"first URB");
     }
+}
+
+#[test]
+fn a_device_that_another_has_is_had_if_that_one_is_gone() {
+    let (mut exports, start) = (exports(), Instant::now());
+    let mut request = import_request("1-1");
+    request.extend_from_slice(b"first URB");
     exports[0].set_imported(true);
-    let (outputs, _) = ask(&request, 100, &exports);
+    let wait = || {
+        let mut connection = Management::new(start);
+        let mut received = &request[..];
+        connection.handle(&mut received, &exports, start + Duration::from_secs(29));
+        assert_eq!(connection.poll_output(), Some(management::Output::Ask(0)));
+        assert!(connection.is_waiting() && received == b"first URB");
+        // Another device became free.
+        connection.handle(&mut received, &exports, start + Duration::from_secs(30));
+        assert_eq!((connection.poll_output(), received), (None, &b"first URB"[..]));
+        connection
+    };
+    let mut lucky = wait();
+    let mut unlucky = wait();
+    let deadline = unlucky.next_deadline().unwrap();
+    assert_eq!(deadline, start + Duration::from_secs(32));
+    unlucky.handle_deadline(deadline - Duration::from_millis(1));
+    assert_eq!(unlucky.poll_output(), None);
+    unlucky.handle_deadline(deadline);
+    let outputs: Vec<_> = std::iter::from_fn(|| unlucky.poll_output()).collect();
     assert_eq!(outputs[0], management::Output::Send(unhex("0111 0003 00000002")));
     assert_eq!(outputs[1], management::Output::Close(management::CloseReason::Busy("1-1".into())));
+    assert!(!unlucky.is_waiting() && unlucky.next_deadline().is_none());
+
     exports[0].set_imported(false);
-    assert_eq!(ask(&request, 100, &exports).0[1], management::Output::Import(0));
+    lucky.handle(&mut &[][..], &exports, start + Duration::from_secs(30));
+    assert!(matches!(lucky.poll_output(), Some(management::Output::Send(reply)) if reply[4..8] == [0; 4]));
+    assert_eq!(lucky.poll_output(), Some(management::Output::Import(0)));
+    assert!(!lucky.is_waiting() && lucky.next_deadline().is_none());
+}
+
+/// Nothing but a RET_UNLINK is borne by `vhci-hcd` when it asked for nothing.
+#[test]
+fn a_client_is_asked_by_what_it_ignores() {
+    let mut vhci = Vhci::powered(Layout::Slots(1));
+    let read = vhci.submit_in(BULK_IN, READ);
+    vhci.settle();
+    vhci.input(Input::AskPeer);
+    let mut expected = unhex("00000004 00000000");
+    expected.resize(HEADER, 0);
+    assert_eq!(std::mem::take(&mut vhci.to_client), expected);
+    vhci.xfr(1, &echo(1, &[1]).0);
+    vhci.settle();
+    vhci.card_works();
+    assert_eq!(vhci.completion(read), done(&echo(1, &[1]).1));
 }
 
 #[test]
@@ -133,7 +179,7 @@ fn what_cannot_be_had_is_refused_with_the_reason() {
 fn a_client_that_asks_for_nothing_is_sent_away() {
     let start = Instant::now();
     let mut connection = Management::new(start);
-    connection.handle(&mut &import_request("1-1")[..39], &exports());
+    connection.handle(&mut &import_request("1-1")[..39], &exports(), start);
     assert_eq!(connection.poll_output(), None);
     let deadline = connection.next_deadline().unwrap();
     connection.handle_deadline(deadline - Duration::from_millis(1));
@@ -141,7 +187,7 @@ fn a_client_that_asks_for_nothing_is_sent_away() {
     connection.handle_deadline(deadline);
     assert_eq!(connection.poll_output(), Some(management::Output::Close(management::CloseReason::TimedOut)));
     assert_eq!(connection.next_deadline(), None);
-    connection.handle(&mut &[0][..], &exports());
+    connection.handle(&mut &[0][..], &exports(), start);
     assert_eq!(connection.poll_output(), None);
 }
 
@@ -907,7 +953,7 @@ proptest! {
         let exports = exports();
         for piece in &pieces {
             vhci.input(Input::Received(piece));
-            connection.handle(&mut &piece[..], &exports);
+            connection.handle(&mut &piece[..], &exports, vhci.now);
         }
         while connection.poll_output().is_some() {}
     }

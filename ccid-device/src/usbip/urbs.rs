@@ -48,6 +48,9 @@ pub enum Input<'a> {
     Received(&'a [u8]),
     /// The device may have something for an IN endpoint.
     DeviceReady,
+    /// Somebody else wants the device. What is sent now, the client's kernel ignores; but if its machine was reset
+    /// meanwhile, it knows the connection no more and resets that.
+    AskPeer,
     /// The stream has ended. The device is reset; there is no output.
     Gone,
 }
@@ -173,6 +176,9 @@ impl Urbs {
             _ if self.closed => {}
             Input::Received(bytes) => self.received(bytes, device, now),
             Input::DeviceReady => self.serve(device),
+            // The protocol has no message that asks. `vhci-hcd` counts its commands from 1, and leaves it at a line
+            // in its log when a RET_UNLINK answers none; any other reply that it does not expect ends the connection.
+            Input::AskPeer => self.send(codec::ret_unlink(0, status::OK)),
             Input::Gone => self.end(device, now),
         }
     }

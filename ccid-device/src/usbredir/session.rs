@@ -1,7 +1,7 @@
 //! A device's session with a guest, and the connections it runs on.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vscard_protocol::Secret;
@@ -26,6 +26,9 @@ const MOST_UNREAD: usize = 256;
 const MOST_UNREAD_BYTES: usize = 512 * 1024;
 /// Notifications sent to one endpoint at a time.
 const MOST_NOTIFICATIONS: usize = 16;
+
+/// How long a guest whose connection is gone is waited for: it may be migrating, or its VMM may be dead.
+const LOST_FOR: Duration = Duration::from_secs(30);
 
 /// Names a connection; chosen by the caller, never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,6 +76,9 @@ pub enum Notice {
     /// The connection in use is gone.
     #[error("connection lost")]
     Lost,
+    /// Nobody has continued the session; its card sessions are over.
+    #[error("the guest has not come back; its card sessions end")]
+    GivenUp,
     /// The guest's side does not take the device.
     #[error("the VMM refused the reader: a filter, or a controller of another speed")]
     Rejected,
@@ -167,6 +173,9 @@ pub struct Session {
     /// What the guest's side and we have agreed on. It outlives the connection.
     guest: Option<Guest>,
     plugged: bool,
+    /// By when a guest that has the device, but no connection, must be back. A connection that says nothing is
+    /// nobody's: it may be a VMM's that keeps a dead one's place.
+    lost_by: Option<Instant>,
 }
 
 /// A connection whose first packet has not come.
@@ -321,6 +330,7 @@ impl Session {
             active: None,
             guest: None,
             plugged: true,
+            lost_by: None,
         }
     }
 
@@ -340,6 +350,10 @@ impl Session {
         }
         self.serve(device, now);
         self.check_output(device, now);
+        self.lost_by = match self.is_attached() && self.active.is_none() {
+            true => self.lost_by.or_else(|| Some(now + LOST_FOR)),
+            false => None,
+        };
     }
 
     /// The next thing to do, if any.
@@ -351,16 +365,22 @@ impl Session {
         Some(output)
     }
 
-    /// When [`handle_deadline`](Self::handle_deadline) is to be called next. Only old answers are waiting for it,
-    /// to be wiped.
+    /// When [`handle_deadline`](Self::handle_deadline) is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.guest.iter().flat_map(|guest| &guest.bulk_in).filter_map(BulkIn::next_deadline).min()
+        let endpoints = self.guest.iter().flat_map(|guest| &guest.bulk_in);
+        endpoints.filter_map(BulkIn::next_deadline).chain(self.lost_by).min()
     }
 
-    /// Does what is due at `now`.
-    pub fn handle_deadline(&mut self, now: Instant) {
+    /// Does what is due at `now`: old answers are wiped, and a guest that has been without a connection for 30
+    /// seconds loses the device, so that its card sessions end. Should it come back, the device is plugged in anew.
+    pub fn handle_deadline(&mut self, device: &mut Device, now: Instant) {
         for endpoint in self.guest.iter_mut().flat_map(|guest| &mut guest.bulk_in) {
             endpoint.expire(now);
+        }
+        if self.lost_by.take_if(|at| *at <= now).is_some() {
+            self.notice(Notice::GivenUp);
+            self.unplug(device, now);
+            self.plug();
         }
     }
 
@@ -369,16 +389,17 @@ impl Session {
         self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::Attached)
     }
 
-    /// Whether the session's own connection is open; one that has not said anything yet is not it.
-    pub fn is_connected(&self) -> bool {
-        self.active.is_some()
-    }
-
     /// Takes the device out of the guest, and resets it. The connection stays, for [`plug`](Self::plug).
     pub fn unplug(&mut self, device: &mut Device, now: Instant) {
         self.plugged = false;
+        self.lost_by = None;
         device.reset(now);
         if let Some(guest) = &mut self.guest {
+            if self.active.is_none() {
+                // The card sessions that these answers are of have ended: nobody is to get them now.
+                guest.unread = Unread::default();
+                guest.bulk_in.iter_mut().for_each(BulkIn::forget_answers);
+            }
             match guest.attachment {
                 Attachment::Attached => guest.attachment = Attachment::Gone,
                 Attachment::Rejected => guest.attachment = Attachment::None,

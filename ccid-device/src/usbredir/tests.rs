@@ -342,8 +342,9 @@ impl World {
     fn expire(&mut self, seconds: u64) {
         self.now += Duration::from_secs(seconds);
         while self.session.next_deadline().is_some_and(|at| at <= self.now) {
-            self.session.handle_deadline(self.now);
+            self.session.handle_deadline(&mut self.device, self.now);
         }
+        self.settle();
     }
 }
 
@@ -866,6 +867,72 @@ fn a_guest_that_was_away_learns_of_the_unplugging() {
     assert_eq!(kinds[2].0, PacketType::DEVICE_DISCONNECT);
     world.send(2, PacketType::DEVICE_DISCONNECT_ACK, 0, &[]);
     assert_eq!(world.take(2).len(), 3);
+}
+
+/// Whoever continues the session may be another than the one that verified the PIN.
+#[test]
+fn a_guest_that_was_away_gets_no_answer_of_a_session_that_has_ended() {
+    let mut world = World::started();
+    world.power_on(1);
+    world.ask(1, 1);
+    world.out(1, 2, &ccid(0x6F, 1, &COMMAND));
+    assert_eq!(world.take(1).len(), 2);
+    assert_eq!(
+        world.session.kept()[0].0,
+        2,
+        "the ATR, and an answer that a cancel may be on the way to cross"
+    );
+    world.input(Input::Lost(ConnectionId(1)));
+    world.unplug();
+    assert_eq!(world.session.kept(), [(0, 0)]);
+    world.plug();
+    world.connect_destination(1, 2);
+    world.send(2, PacketType::CANCEL_DATA_PACKET, 1, &[]);
+    let kinds: Vec<_> = world.take(2).iter().map(|packet| packet.kind).collect();
+    assert_eq!(kinds, [PacketType::DEVICE_DISCONNECT], "nothing is repeated");
+}
+
+fn verified_guest_is_lost() -> World {
+    let mut world = World::started();
+    world.power_on(1);
+    world.input(Input::Lost(ConnectionId(1)));
+    assert_eq!(world.session.next_deadline(), Some(world.now + Duration::from_secs(30)));
+    world
+}
+
+/// What keeps a guest's card session is a guest, not a connection that might become one.
+#[test]
+fn a_silent_connection_keeps_no_session_of_a_dead_guest() {
+    let mut world = verified_guest_is_lost();
+    world.now += Duration::from_secs(20);
+    world.connect(2, QEMU_CAPS);
+    world.say(2, &hello(QEMU_CAPS)[..3]);
+    world.expire(9);
+    assert_eq!((world.power_offs, world.session.is_attached()), (0, true));
+    world.expire(1);
+    assert_eq!((world.power_offs, world.session.is_attached()), (1, false));
+    assert_eq!(world.notices.last(), Some(&Notice::GivenUp));
+    assert_eq!(world.session.next_deadline(), None);
+    // It speaks in the end, and gets the device.
+    world.say(2, &hello(QEMU_CAPS)[3..]);
+    assert_eq!(world.take(2).last().unwrap().kind, PacketType::DEVICE_CONNECT);
+    assert!(world.session.is_attached());
+}
+
+#[test]
+fn a_guest_that_comes_back_in_time_keeps_its_session() {
+    let mut world = verified_guest_is_lost();
+    world.expire(29);
+    world.connect_destination(1, 2);
+    world.send(2, PacketType::GET_CONFIGURATION, 3, &[]);
+    world.expire(60);
+    assert_eq!((world.power_offs, world.session.is_attached()), (0, true));
+    // Each loss has a time of its own.
+    world.input(Input::Lost(ConnectionId(2)));
+    world.expire(29);
+    assert!(world.session.is_attached());
+    world.expire(1);
+    assert_eq!((world.power_offs, world.session.is_attached()), (1, false));
 }
 
 #[test]

@@ -46,14 +46,16 @@ pub(crate) fn message(kind: u8, slot: u8, seq: u8, specific: [u8; 3], data: &[u8
 
 pub(crate) struct Guest {
     pub(crate) device: Device,
+    pub(crate) config: DeviceConfig,
     pub(crate) now: Instant,
 }
 
 impl Guest {
     /// A device that is configured, with no card in.
     pub(crate) fn new(layout: Layout, max_message: u32) -> Self {
-        let device = Device::new(config(layout, max_message)).unwrap();
-        let mut guest = Self { device, now: Instant::now() };
+        let config = config(layout, max_message);
+        let device = Device::new(config.clone()).unwrap();
+        let mut guest = Self { device, config, now: Instant::now() };
         guest.configure();
         guest
     }

@@ -3,7 +3,7 @@
 use ccid_device::{Action, CardFailure, Layout, Outcome, SlotId, TransferOutcome};
 use vscard_protocol::Atr;
 
-use crate::guest::{ATR, Guest, OUT, bytes, message};
+use crate::guest::{ATR, Guest, OUT, atr, bytes, message};
 
 const MAX: u32 = 65_554;
 
@@ -191,15 +191,36 @@ fn one_command_at_a_time() {
 
 fn conversation_busy(guest: &mut Guest) {
     for (message, answer) in [
-        ("65 00000000 00 02 00 0000", "81 00000000 00 02 40 E0 00"),
         ("6F 04000000 00 03 00 0000 00000000", "80 00000000 00 03 40 E0 00"),
-        ("62 00000000 00 04 00 0000", "80 00000000 00 04 40 E0 00"),
         ("63 00000000 00 05 00 0000", "81 00000000 00 05 40 E0 00"),
         ("6B 00000000 00 06 00 0000", "83 00000000 00 06 40 E0 00"),
     ] {
         guest.send(message);
         assert_eq!(guest.read().unwrap(), answer.replace(' ', ""));
     }
+}
+
+/// libccid, killed while it waited for an answer and started again, begins so, and gives the reader up otherwise.
+#[test]
+fn a_busy_slot_tells_its_status_and_begins_anew() {
+    let mut guest = Guest::powered(MAX);
+    guest.send("6F 04000000 00 07 00 0000 00000000");
+    let (old, _) = guest.transmit();
+    guest.wait(1000);
+    guest.send("65 00000000 00 00 00 0000");
+    assert_eq!(guest.read().unwrap(), "80000000000007800100", "the time extension that was not read");
+    assert_eq!(guest.read().unwrap(), "81000000000000000000");
+    guest.wait(1000);
+    guest.send("62 00000000 00 01 00 0000");
+    assert_eq!(guest.read(), None, "another extension, for nobody");
+    let actions: Vec<_> = std::iter::from_fn(|| guest.device.poll_action()).collect();
+    let [Action::PowerOff { .. }, Action::PowerOn { token, .. }] = actions[..] else { panic!("{actions:?}") };
+    // The command that nobody waits for ended with its session.
+    guest.respond(old, b"late");
+    assert_eq!(guest.read(), None);
+    guest.complete(token, Outcome::Powered(atr()));
+    assert_eq!(guest.read().unwrap(), format!("800B0000000001000000{ATR}"));
+    assert_eq!(guest.ask("65 00000000 00 02 00 0000"), "81000000000002000000");
 }
 
 #[test]

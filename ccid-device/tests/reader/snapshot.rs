@@ -8,10 +8,10 @@ use crate::guest::{Guest, atr, bytes, config, message};
 
 fn restored(guest: &Guest) -> Guest {
     let saved = guest.device.save();
-    let device = Device::restore(guest.device.config().clone(), saved.expose(), guest.now).unwrap();
+    let device = Device::restore(guest.config.clone(), saved.expose(), guest.now).unwrap();
     // Nothing is lost or added by being saved, actions aside.
     assert_eq!(device.configuration(), guest.device.configuration());
-    Guest { device, now: guest.now }
+    Guest { device, config: guest.config.clone(), now: guest.now }
 }
 
 #[test]
@@ -146,7 +146,7 @@ proptest! {
         let at = at % saved.len();
         saved[at] = value;
         if let Ok(device) = Device::restore(config(Layout::Slots(1), 271), &saved, guest.now) {
-            let mut guest = Guest { device, now: guest.now };
+            let mut guest = Guest { device, ..guest };
             guest.device.bulk_out(1, &rest, guest.now);
             guest.work();
             guest.device.bulk_in(0x81, 64);

@@ -7,7 +7,7 @@ use ccid_device::{
 use crate::guest::{Guest, IN, INTERRUPT, OUT, bytes};
 
 fn unconfigured(config: DeviceConfig) -> Guest {
-    Guest { device: Device::new(config).unwrap(), now: std::time::Instant::now() }
+    Guest { device: Device::new(config.clone()).unwrap(), config, now: std::time::Instant::now() }
 }
 
 #[test]

@@ -39,13 +39,27 @@ async fn stay_verified(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// That program holds the card and does nothing more. An answer on its way would find out by itself that the guest was
+/// reset.
+async fn stay_idle(guest: &Guest) -> Result<()> {
+    guest.ok("kill -STOP $(pidof guest-pcsc)").await?;
+    let said = guest.ok("guest-pcsc transmit 00200000").await?;
+    ensure!(said.contains("9000"), "the PIN is not verified: {said}");
+    Ok(())
+}
+
 async fn a_reboot_forgets_the_pin(guest: &Guest) -> Result<()> {
     stay_verified(guest).await?;
     guest.reset().await?;
+    not_verified(guest).await
+}
+
+/// pcscd starts, the card works, and its PIN is not verified.
+async fn not_verified(guest: &Guest) -> Result<()> {
     guest.start_pcscd().await?;
     works(guest).await?;
     let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
-    ensure!(said.contains("63C3"), "after a reboot: {said}");
+    ensure!(said.contains("63C3"), "a PIN is verified: {said}");
     Ok(())
 }
 
@@ -82,16 +96,20 @@ impl Control {
         }
     }
 
-    /// How often an event has come, once it has come `count` times.
-    async fn events(&mut self, name: &str, count: usize) -> Result<usize> {
-        loop {
-            let seen = self.events.iter().filter(|event| event["event"] == name).count();
-            if seen >= count {
-                return Ok(seen);
-            }
+    /// Waits until an event has come `count` times, and sees that it does not come once more.
+    async fn events(&mut self, name: &str, count: usize) -> Result<()> {
+        while self.count(name) < count {
             let event = self.next().await?;
             self.events.push(event);
         }
+        // What was on its way comes before this answer.
+        self.execute(json!({"execute": "query-readers"})).await?;
+        ensure!(self.count(name) == count, "{count} {name} expected: {:?}", self.events);
+        Ok(())
+    }
+
+    fn count(&self, name: &str) -> usize {
+        self.events.iter().filter(|event| event["event"] == name).count()
     }
 }
 
@@ -118,15 +136,15 @@ async fn cards_are_plugged_and_pulled() -> Result<()> {
         let pull = control.execute(json!({"execute": "remove", "arguments": slot}));
         let (seen, pulled) = tokio::join!(guest.ok("guest-pcsc wait-card absent 20"), pull);
         seen.with_context(|| format!("pulled, round {round}"))?;
-        ensure!(pulled?["return"].is_object());
+        ensure!(pulled?["return"] == json!({"present": false}));
         let plug = control.execute(json!({"execute": "insert", "arguments": slot}));
         let (seen, plugged) = tokio::join!(guest.ok("guest-pcsc wait-card present 20"), plug);
         seen.with_context(|| format!("plugged, round {round}"))?;
-        ensure!(plugged?["return"].is_object());
+        ensure!(plugged?["return"] == json!({"present": true}));
     }
     // Each one told once, and counted once by the guest: two events a round after the insertion at the start.
-    ensure!(control.events("CARD_INSERTED", rounds).await? == rounds);
-    ensure!(control.events("CARD_REMOVED", rounds).await? == rounds);
+    control.events("CARD_INSERTED", rounds).await?;
+    control.events("CARD_REMOVED", rounds).await?;
     let status = guest.ok("guest-pcsc status").await?;
     let counted: usize = status
         .split("events=")
@@ -139,12 +157,26 @@ async fn cards_are_plugged_and_pulled() -> Result<()> {
 
     for (command, part) in [
         (json!({"execute": "remove", "arguments": {"reader": 0, "slot": 5}}), "no card in that reader"),
-        (json!({"execute": "eject"}), "query-readers, insert, remove and quit"),
+        (json!({"execute": "remove", "arguments": {"reader": 0}}), "reader and slot must be given"),
+        (json!({"execute": "insert", "arguments": {"slot": 0}}), "reader and slot must be given"),
+        (json!({"execute": "detach"}), "reader must be given"),
+        (json!({"execute": "detach", "arguments": {"reader": 1}}), "no such reader"),
+        (json!({"execute": "eject"}), "query-readers, insert, remove, detach and quit"),
         (json!("nonsense"), "\"execute\" is missing"),
     ] {
         let answer = control.execute(command).await?;
         ensure!(answer["error"]["desc"].as_str().is_some_and(|text| text.contains(part)), "{answer}");
     }
+    // Over usbredir it is back at once.
+    let gone = guest.ok("guest-pcsc wait-reader 20 0");
+    let detach = json!({"execute": "detach", "arguments": {"reader": 0}});
+    let (gone, detached) = tokio::join!(gone, control.execute(detach));
+    gone?;
+    ensure!(detached?["return"] == json!({"detached": true}));
+    control.events("READER_DETACHED", 1).await?;
+    control.events("READER_ATTACHED", 1).await?;
+    works(guest).await?;
+
     let gone = guest.ok("guest-pcsc wait-reader 20 0");
     let (gone, quit) = tokio::join!(gone, control.execute(json!({"execute": "quit"})));
     gone?;
@@ -165,6 +197,50 @@ async fn sigterm_unplugs_and_sighup_loses_nothing() -> Result<()> {
     let (gone, ended) = tokio::join!(gone, stack.daemon.terminate());
     gone?;
     ensure!(ended?.code() == Some(0), "{}", stack.daemon.log());
+    Ok(())
+}
+
+/// QEMU's user network keeps the connection of a guest that is reset: what ends the session is that the guest comes
+/// again. That another asks costs a guest that is there nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_was_reset_over_usbip() -> Result<()> {
+    let mut stack = Stack::start(Bus::Usbip, "", with_control).await?;
+    let mut control = Control::connect(&stack.place.path("control")).await?;
+    let guest = &stack.guest;
+    works(guest).await?;
+    stay_verified(guest).await?;
+    let refused = stack.import().await.err().context("the reader of a guest that is there was taken")?;
+    ensure!(refused.to_string().contains("usbip: error"), "{refused:#}");
+    guest.ok("pidof guest-pcsc").await.context("the verified session has ended")?;
+    stay_idle(guest).await?;
+    control.events("READER_DETACHED", 0).await?;
+
+    guest.reset().await?;
+    // It would take the port that it had before, and QEMU would have to end the connection of that.
+    guest.ok("echo 20000 20999 >/proc/sys/net/ipv4/ip_local_port_range").await?;
+    stack.attach().await?;
+    not_verified(guest).await?;
+    control.events("READER_DETACHED", 1).await?;
+    control.events("READER_ATTACHED", 1).await?;
+
+    stay_verified(guest).await?;
+    let detach = json!({"execute": "detach", "arguments": {"reader": 0}});
+    let gone = guest.ok("guest-pcsc wait-reader 20 0");
+    let (gone, detached) = tokio::join!(gone, control.execute(detach.clone()));
+    gone?;
+    ensure!(detached?["return"] == json!({"detached": true}));
+    control.events("READER_DETACHED", 2).await?;
+    ensure!(control.execute(detach).await?["return"] == json!({"detached": false}));
+    guest.stop_pcscd().await?;
+    stack.import().await?;
+    not_verified(guest).await?;
+
+    let mark = stack.daemon.mark();
+    let gone = stack.guest.ok("guest-pcsc wait-reader 20 0");
+    let (gone, ended) = tokio::join!(gone, stack.daemon.terminate());
+    gone?;
+    ensure!(ended?.success(), "{}", stack.daemon.log());
+    stack.daemon.line_after(mark, "no guest has it any more").await?;
     Ok(())
 }
 
@@ -262,11 +338,7 @@ async fn qemu_is_killed_and_started_again() -> Result<()> {
     rustix::process::kill_process(killed, rustix::process::Signal::KILL)?;
     daemon.line("connection lost").await?;
     let guest = Guest::boot(Boot::with(place.qemu())).await?;
-    guest.start_pcscd().await?;
-    works(&guest).await?;
-    let said = guest.ok("guest-pcsc transmit 00200000").await?.to_uppercase();
-    ensure!(said.contains("63C3"), "in another machine: {said}");
-    Ok(())
+    not_verified(&guest).await
 }
 
 /// The guest moves to another QEMU while a program in it has the card open and uses it.

@@ -77,6 +77,14 @@ async fn seven_interfaces() -> Result<()> {
     four_at_once(&readers_of("interfaces=7,", 7).await?).await
 }
 
+async fn refused(arguments: &[&str], said: &str, reason: &str) -> Result<()> {
+    let mut daemon = Process::start("ccid-device", arguments, &[("HOME", OsStr::new("/"))])?;
+    let line = daemon.line(said).await?;
+    ensure!(line.contains(reason), "{line}");
+    ensure!(daemon.ended().await?.code() == Some(2), "{line}");
+    Ok(())
+}
+
 /// pcsc-lite refuses the whole device if it has more, so nobody gets that far.
 #[tokio::test(flavor = "multi_thread")]
 async fn too_many_are_refused_at_the_start() -> Result<()> {
@@ -85,10 +93,8 @@ async fn too_many_are_refused_at_the_start() -> Result<()> {
         ("usbredir,interfaces=8,unix-listen:/nowhere", "7"),
         ("usbredir,slots=0,unix-listen:/nowhere", "1"),
     ] {
-        let mut daemon = Process::start("ccid-device", ["--reader", reader], &[("HOME", OsStr::new("/"))])?;
-        let line = daemon.line("ccid-device: --reader: reader 0: ").await?;
-        ensure!(line.contains(reason), "{line}");
-        ensure!(daemon.ended().await?.code() == Some(2), "{line}");
+        refused(&["--reader", reader], "ccid-device: --reader: reader 0: ", reason).await?;
     }
-    Ok(())
+    let same = "usbip,serial=mine,tcp-listen:127.0.0.1:0";
+    refused(&["--reader", same, "--reader", same], "ccid-device: --reader: reader 1: ", "serial=mine").await
 }

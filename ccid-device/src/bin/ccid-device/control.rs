@@ -1,7 +1,7 @@
 //! The control socket: JSON lines in QMP's style.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ccid_device::SlotId;
 use ccid_device::reader::{Handle, ReaderEvent};
@@ -14,6 +14,8 @@ use vscard_protocol::chardev::{Channel, Stream};
 const MOST_LINE: u64 = 64 * 1024;
 /// Clients at a time.
 const MOST_CLIENTS: usize = 8;
+/// After a client could not be accepted, as when there are no file descriptors left.
+const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// A running reader as the control socket shows it.
 pub(crate) struct Running {
@@ -34,16 +36,24 @@ pub(crate) struct Control {
 /// Serves clients until the channel is of no use.
 pub(crate) async fn serve(mut channel: Channel, control: Arc<Control>) {
     let places = Arc::new(Semaphore::new(MOST_CLIENTS));
+    let mut warned = false;
     while let Ok(place) = places.clone().acquire_owned().await {
         match channel.stream().await {
             Ok(stream) => {
+                warned = false;
                 let control = control.clone();
                 tokio::spawn(async move {
                     let _ = client(stream, &control).await;
                     drop(place);
                 });
             }
-            Err(error) => return tracing::error!("no further commands: {error}"),
+            Err(error) if !error.is_transient() => return tracing::error!("no further commands: {error}"),
+            Err(error) => {
+                if !std::mem::replace(&mut warned, true) {
+                    tracing::warn!("{error}; trying again");
+                }
+                tokio::time::sleep(BACK_OFF).await;
+            }
         }
     }
 }
@@ -120,22 +130,27 @@ async fn command(line: &[u8], control: &Control) -> Value {
             success(&id, &json!(readers))
         }
         Some(execute @ ("insert" | "remove")) => {
-            let number = |key: &str| arguments.get(key).map_or(Some(0), Value::as_u64);
-            let (Some(reader), Some(slot)) = (number("reader"), number("slot")) else {
-                return failure(&id, "reader and slot are numbers");
+            let (Some(reader), Some(slot)) = (number(arguments, "reader"), number(arguments, "slot")) else {
+                return failure(&id, "the arguments reader and slot must be given, as numbers");
             };
-            let found = usize::try_from(reader).ok().and_then(|reader| control.readers.get(reader));
-            let slot = u8::try_from(slot).ok();
-            let done = match (found, slot) {
-                (Some(reader), Some(slot)) => {
+            let inserted = match (control.readers.get(reader), u8::try_from(slot)) {
+                (Some(reader), Ok(slot)) => {
                     reader.handle.set_inserted(SlotId(slot), execute == "insert").await
                 }
-                _ => false,
+                _ => None,
             };
-            if done {
-                success(&id, &json!({}))
-            } else {
-                failure(&id, "there is no card in that reader and slot")
+            match inserted {
+                Some(present) => success(&id, &json!({"present": present})),
+                None => failure(&id, "there is no card in that reader and slot"),
+            }
+        }
+        Some("detach") => {
+            let Some(reader) = number(arguments, "reader") else {
+                return failure(&id, "the argument reader must be given, as a number");
+            };
+            match control.readers.get(reader) {
+                Some(reader) => success(&id, &json!({"detached": reader.handle.detach().await})),
+                None => failure(&id, "there is no such reader"),
             }
         }
         Some("quit") => {
@@ -143,10 +158,15 @@ async fn command(line: &[u8], control: &Control) -> Value {
             success(&id, &json!({}))
         }
         Some(other) => {
-            failure(&id, &format!("no command {other:?}; there are query-readers, insert, remove and quit"))
+            let known = "query-readers, insert, remove, detach and quit";
+            failure(&id, &format!("no command {other:?}; there are {known}"))
         }
         None => failure(&id, "\"execute\" is missing"),
     }
+}
+
+fn number(arguments: &Value, key: &str) -> Option<usize> {
+    arguments[key].as_u64().and_then(|number| number.try_into().ok())
 }
 
 fn success(id: &Value, value: &Value) -> Value {

@@ -5,7 +5,7 @@
 mod control;
 mod spec;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -59,7 +59,7 @@ Examples:
 
   # libvirt: <redirdev bus='usb' type='unix'><source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
 
-Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, quit.
+Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, quit.
   {\"execute\": \"remove\", \"arguments\": {\"reader\": 0, \"slot\": 1}}
 
 Exit status:
@@ -160,14 +160,7 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
         let free = (0..=u8::MAX).find(|slot| !placed[reader].contains_key(slot)).unwrap_or(u8::MAX);
         placed[reader].insert(free, kind);
     }
-    for number in 1..cli.readers.len() {
-        let (earlier, later) = cli.readers.split_at_mut(number);
-        let config = &mut later[0].config;
-        // USB/IP readers of one server have the same endpoint.
-        if earlier.iter().any(|other| other.config.serial == config.serial) {
-            config.serial = format!("{}-{number}", config.serial);
-        }
-    }
+    name_apart(&mut cli.readers).map_err(usage)?;
     let mut all = Vec::new();
     for (number, (reader, mut cards)) in cli.readers.iter_mut().zip(placed).enumerate() {
         let needed = cards.keys().last().map_or(1, |last| last.saturating_add(1));
@@ -190,6 +183,32 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
         all.push((0..slots).map(|slot| cards.remove(&slot)).collect());
     }
     Ok(all)
+}
+
+/// Gives each reader a serial number of its own. One that the user chose stays as it is.
+fn name_apart(readers: &mut [ReaderSpec]) -> Result<(), String> {
+    let mut taken = BTreeSet::new();
+    for (number, reader) in readers.iter().enumerate().filter(|(_, reader)| reader.serial_given) {
+        let serial = &reader.config.serial;
+        // Readers for different machines may well have the same. Those of a USB/IP server are for one, which tells
+        // them apart by it.
+        let mut server = readers[..number].iter().filter(|other| {
+            reader.usbip && other.usbip && other.serial_given && other.endpoint == reader.endpoint
+        });
+        if server.any(|other| other.config.serial == *serial) {
+            let endpoint = &reader.endpoint;
+            return Err(format!("--reader: reader {number}: {endpoint} has a reader with serial={serial}"));
+        }
+        taken.insert(serial.clone());
+    }
+    for (number, reader) in readers.iter_mut().enumerate().filter(|(_, reader)| !reader.serial_given) {
+        // USB/IP readers of one server have the same endpoint.
+        let derived = reader.config.serial.clone();
+        while !taken.insert(reader.config.serial.clone()) {
+            reader.config.serial = format!("{derived}-{number}");
+        }
+    }
+    Ok(())
 }
 
 async fn run(mut cli: Cli) -> Result<(), Failure> {
@@ -239,17 +258,23 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         sources.push(slots);
     }
 
+    // Before a guest sees a reader that could not be told to go.
+    let control_channel = match cli.control {
+        Some(endpoint) => Some(Channel::open(endpoint, plaintext).await.map_err(unusable)?),
+        None => None,
+    };
     let mut carriers = carriers(&cli.readers, plaintext, &mut tasks).await?.into_iter();
     let mut readers = Vec::new();
+    let mut tellers = Vec::new();
     for (number, ((reader, sources), cards)) in cli.readers.into_iter().zip(sources).zip(kinds).enumerate() {
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
-        tokio::spawn(async move {
+        tellers.push(tokio::spawn(async move {
             while let Some(event) = told.recv().await {
                 tracing::info!("reader {number}: {event}");
                 let _ = events.send((number, event));
             }
-        });
+        }));
         let running =
             Reader::new(reader.config, sources, news).map_err(|error| Failure::new(USAGE, error))?;
         let Some(carrier) = carriers.next() else { break };
@@ -264,15 +289,15 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     }
 
     let control = Arc::new(Control { readers, events, quit: Notify::new() });
-    if let Some(endpoint) = cli.control {
-        let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
+    if let Some(channel) = control_channel {
         tokio::spawn(control::serve(channel, control.clone()));
     }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::debug!("readiness not told: {error}");
     }
     tracing::info!("ready");
-    signals.until_end(&mut tasks, &control).await?;
+    let ended = signals.until_end(&mut tasks, &control).await;
+    // Whatever ended it: no guest is to be left with a reader that says nothing.
     let unplugs: Vec<_> = control
         .readers
         .iter()
@@ -284,8 +309,13 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     for unplug in unplugs {
         let _ = unplug.await;
     }
+    // They have told the last of it when no reader is left.
+    tasks.shutdown().await;
+    for teller in tellers {
+        let _ = teller.await;
+    }
     drop(kept);
-    Ok(())
+    ended
 }
 
 /// A carrier for each reader, in order. USB/IP readers with the same endpoint share a server.
@@ -369,4 +399,31 @@ fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
     Arc::new(move |line: &str| {
         let _ = writeln!(std::io::stderr().lock(), "apdu {reader}.{slot}: {line}");
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn serials(readers: &[&str]) -> Result<Vec<String>, String> {
+        let mut readers: Vec<ReaderSpec> = readers.iter().map(|text| text.parse().unwrap()).collect();
+        name_apart(&mut readers)?;
+        Ok(readers.into_iter().map(|reader| reader.config.serial).collect())
+    }
+
+    #[test]
+    fn only_derived_serial_numbers_are_changed() {
+        let derived = serials(&["usbip,tcp-listen:127.0.0.1:1"]).unwrap().remove(0);
+        let given = format!("usbip,serial={derived},tcp-listen:127.0.0.1:1");
+        let all = serials(&["usbip,tcp-listen:127.0.0.1:1", "usbip,tcp-listen:127.0.0.1:1", &given]).unwrap();
+        assert_eq!(all, [format!("{derived}-0"), format!("{derived}-1"), derived]);
+        let same = [
+            "usbredir,serial=a,unix:/x",
+            "usbredir,serial=a,unix:/x",
+            "usbip,serial=a,tcp-listen:127.0.0.1:1",
+        ];
+        assert_eq!(serials(&same).unwrap(), ["a", "a", "a"]);
+        let error = serials(&[same[2], "usbip,tcp-listen:127.0.0.1:1", same[2]]).unwrap_err();
+        assert_eq!(error, "--reader: reader 2: tcp-listen:127.0.0.1:1 has a reader with serial=a");
+    }
 }

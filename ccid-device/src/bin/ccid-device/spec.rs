@@ -14,6 +14,8 @@ pub(crate) struct ReaderSpec {
     pub(crate) config: DeviceConfig,
     /// The user said how many slots.
     pub(crate) layout_given: bool,
+    /// The user said which serial number.
+    pub(crate) serial_given: bool,
     pub(crate) endpoint: Endpoint,
 }
 
@@ -107,7 +109,7 @@ impl std::str::FromStr for ReaderSpec {
             return Err("a USB/IP server listens: tcp-listen:HOST:PORT".into());
         }
         let mut config = DeviceConfig::new(serial(&endpoint));
-        let mut layout_given = false;
+        let (mut layout_given, mut serial_given) = (false, false);
         for (key, text) in options {
             match key.as_str() {
                 "slots" | "interfaces" => {
@@ -134,7 +136,10 @@ impl std::str::FromStr for ReaderSpec {
                     (config.vendor_id, config.product_id) =
                         parsed.ok_or(format!("id={id} is not VENDOR:PRODUCT in hexadecimal"))?;
                 }
-                "serial" => config.serial = value(&key, text)?,
+                "serial" => {
+                    config.serial = value(&key, text)?;
+                    serial_given = true;
+                }
                 "product" => config.product = value(&key, text)?,
                 "manufacturer" => config.manufacturer = value(&key, text)?,
                 "max-message" => config.max_message = number(&key, text, "271 to 65554")?,
@@ -146,7 +151,7 @@ impl std::str::FromStr for ReaderSpec {
                 }
             }
         }
-        Ok(Self { usbip, config, layout_given, endpoint })
+        Ok(Self { usbip, config, layout_given, serial_given, endpoint })
     }
 }
 
