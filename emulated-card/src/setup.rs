@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::card::{CardBuildError, CardOptions, EmulatedCard, Profile};
-use crate::keys::nss::module::{Module, ModuleError};
+use crate::keys::nss::token::{Module, ModuleError, TokenStore};
 use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::pem::{self, PemSource, PemStore};
 use crate::keys::{KeyStore, UnlockError};
+use crate::pcsc::{PcscConfig, PcscSource};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
-use crate::slot::{self, PivSlot, SlotError};
-use crate::pcsc::{PcscConfig, PcscSource};
+use crate::slot::{self, PivSlot};
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
 use crate::token::{TokenCard, TokenCardError};
 use crate::tries::KeepTries;
@@ -120,14 +120,15 @@ pub struct RawSetup {
     pub keep_tries: Option<u8>,
 }
 
-/// A card, and its claim on its identity, which it keeps as long as this lives.
+/// A card, and its claim on its identity, which it keeps as long as this or a clone of it lives.
+#[derive(Clone)]
 pub struct OpenCard {
     /// Where the card is powered.
     pub source: Arc<dyn CardSource>,
     /// The slot of a card that can be inserted and removed here, not inserted yet; a token or a card in a host
     /// reader comes and goes by itself.
     pub slot: Option<Arc<CardSlot>>,
-    _claim: Option<CardClaim>,
+    _claim: Option<Arc<CardClaim>>,
 }
 
 /// Why there is no card. The messages name the option, file or directory.
@@ -272,7 +273,7 @@ impl CardSetup {
         slot.forget_pin(self.forget_pin);
         let slot = Arc::new(slot);
         let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0));
-        Ok(OpenCard { source, slot: Some(slot), _claim: Some(claim) })
+        Ok(OpenCard { source, slot: Some(slot), _claim: Some(Arc::new(claim)) })
     }
 
     /// Gives a blocked PIN (and PUK) all its tries back, even while the card is open; says what was done. A card with
@@ -317,8 +318,11 @@ impl CardSetup {
                 Ok(Opened { store: Arc::new(store), place })
             }
             Keys::Files(sources) => {
-                let password =
-                    self.password_file.as_ref().map(|file| self.read_secret("password-file", file)).transpose()?;
+                let password = self
+                    .password_file
+                    .as_ref()
+                    .map(|file| self.read_secret("password-file", file))
+                    .transpose()?;
                 let store = PemStore::open(sources, password.as_ref())?;
                 // There is one, or it would not have opened.
                 let first = sources.first().map(|source| match source {
@@ -352,14 +356,13 @@ impl CardSetup {
             loaded.extend(Module::of_directory(db)?);
         }
         let setup = self.clone();
-        let make = move |store: Arc<_>| {
+        let make = move |store: Arc<TokenStore>| {
             let store: Arc<dyn KeyStore> = store;
             let id = CardId::derive(store.certificates(), &setup.card_name);
             let reference = ReferenceData::of_token(store.clone(), DEFAULT_TRIES);
             Ok(setup.make(store, reference, id)?)
         };
-        let card =
-            TokenCard::open(&loaded, token, self.state_directory()?, self.forget_pin, Box::new(make))?;
+        let card = TokenCard::open(&loaded, token, self.state_directory()?, self.forget_pin, Box::new(make))?;
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
         Ok(OpenCard { source, slot: None, _claim: None })
     }
@@ -370,11 +373,8 @@ impl CardSetup {
         reference: ReferenceData,
         id: CardId,
     ) -> Result<EmulatedCard, CardBuildError> {
-        let explicit: Vec<_> = self
-            .certificates
-            .iter()
-            .filter_map(|wanted| Some((wanted.slot?, wanted.name.clone())))
-            .collect();
+        let explicit: Vec<_> =
+            self.certificates.iter().filter_map(|wanted| Some((wanted.slot?, wanted.name.clone()))).collect();
         let slots = slot::assign(store.certificates(), &explicit)?;
         for (slot, index) in &slots {
             if let Some(certificate) = store.certificates().get(*index) {

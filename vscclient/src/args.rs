@@ -4,14 +4,20 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use emulated_card::certificates::CertificateCard;
+use emulated_card::card::Profile;
+use emulated_card::keys::pem::PemSource;
+use emulated_card::pcsc::PcscConfig;
+use emulated_card::setup::{CardSetup, Keys, OpenCard, RawSetup, SetupError, Wanted};
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
+use crate::card_directory::CardDirectory;
+use crate::new_card::NewCard;
 use crate::{legacy, vpcd};
 
 const LONG_ABOUT: &str = "\
-Puts a smartcard into a virtual machine: up to ten certificates of an NSS database appear as a CAC in the guest \
-of any VMM that has a VSCard host, such as QEMU's ccid-card-passthru.";
+Puts a smartcard into a virtual machine, or into this host's own pcscd: a PIV card or CAC made of certificates and \
+keys (an NSS database, PEM or PKCS#12 files, a PKCS#11 token), or the card in a reader as it is. It appears in the \
+guest of any VMM that has a VSCard host, such as QEMU's ccid-card-passthru or ccid-device, or through vpcd in pcscd.";
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -23,8 +29,18 @@ Examples:
   # QEMU connects: -chardev socket,id=card,path=/run/card.sock,reconnect=1
   vscclient --db sql:$HOME/certs --cert id unix-listen:/run/card.sock
 
-  # A database without a password: the card gets a PIN of its own
-  vscclient --db certs --cert id --pin-file pin.txt tcp:localhost:2001
+  # Key files, or a database without a password: the card gets a PIN of its own
+  vscclient --pem card.crt,card.key --pin-file pin.txt tcp:localhost:2001
+
+  # A test card in one command, and another one to put it into this host's pcscd
+  vscclient new-card jane --name 'Jane Doe' --pin-file pin.txt
+  vscclient card jane vpcd:
+
+  # The keys of a token, on a PIV card of ours; its PIN is the token's
+  vscclient --module /usr/lib/x86_64-linux-gnu/opensc-pkcs11.so unix:/run/vm1.sock
+
+  # The card in a reader of this host, as it is
+  vscclient --pcsc 'Yubico*' unix:/run/vm1.sock
 
   # After too many wrong PINs
   vscclient unlock --db sql:$HOME/certs
@@ -38,7 +54,7 @@ Exit status:
   0  ended by the user (SIGINT, SIGTERM or exit), the card taken out of the guest if it was in
   1  ended by a second signal, without waiting for the guest
   2  the command line is wrong
-  3  the card cannot be made: database, certificate, PIN or state
+  3  the card cannot be made: keys, certificate, PIN or state
   4  the connection failed or was lost, with --no-reconnect
   5  the endpoint cannot be used at all";
 
@@ -55,46 +71,66 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Serves a card that new-card made
+    Card(Directory),
+    /// Makes a directory with a test card: a CA, certificates, keys and a PIN
+    NewCard(NewCard),
     /// Gives a blocked PIN all its tries back
     Unlock(Unlock),
 }
 
 /// Which card is meant.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub(crate) struct Card {
     /// Directory of the NSS database, with or without "sql:" [default: /etc/pki/nssdb]
     #[arg(long, value_name = "DIR")]
     db: Option<String>,
-    /// Nickname of a certificate whose private key the database holds; once for each, 1 to 10
-    #[arg(long = "cert", short = 'c', value_name = "NAME")]
-    certificates: Vec<String>,
+    /// Nickname of a certificate whose private key the database holds; once for each. A PIV slot in front says where
+    /// it goes, as in 9a=NAME; by default its key usage does. For other keys than a database's: what slot they get
+    #[arg(long = "cert", short = 'c', value_name = "[SLOT=]NAME")]
+    certificates: Vec<Wanted>,
+    /// PEM files with a certificate and its key, or one file with both; once for each
+    #[arg(long, value_name = "CERT[,KEY]", conflicts_with_all = ["db", "module", "token"], value_parser = PemSource::pem_option)]
+    pem: Vec<PemSource>,
+    /// PKCS#12 file with a certificate and its key; once for each
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["db", "module", "token"])]
+    p12: Vec<PathBuf>,
+    /// PKCS#11 module: the card is made of the keys on a token
+    #[arg(long, value_name = "FILE")]
+    module: Vec<PathBuf>,
+    /// Label or serial number of the token; without --module, of those that the modules of --db reach
+    #[arg(long, value_name = "LABEL")]
+    token: Option<String>,
     /// Tells cards with the same certificates apart; part of the card's identity
     #[arg(long, value_name = "NAME")]
     card_name: Option<String>,
+    /// File with the password of the database or the key files, for a card with a PIN of its own or none
+    #[arg(long, value_name = "FILE")]
+    password_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Unlock {
     #[command(flatten)]
     pub(crate) card: Card,
+    /// Directory that new-card made
+    #[arg(value_name = "DIR", conflicts_with_all = ["db", "certificates", "pem", "p12", "module", "token", "card_name"])]
+    directory: Option<PathBuf>,
 }
 
+impl Unlock {
+    pub(crate) fn run(self) -> Result<String, String> {
+        let setup = match self.directory {
+            Some(directory) => CardDirectory::open(&directory).map_err(|error| error.to_string())?.setup(),
+            None => self.card.setup(),
+        };
+        setup.unlock().map_err(|error| error.to_string())
+    }
+}
+
+/// How a card is served.
 #[derive(Debug, Args)]
-pub(crate) struct Serve {
-    #[command(flatten)]
-    card: Card,
-    /// File with a PIN of 4 to 8 characters that the card gets for its own; used once, kept as a hash
-    #[arg(long, value_name = "FILE")]
-    pin_file: Option<PathBuf>,
-    /// File with the database's password, for a card with a PIN of its own or none
-    #[arg(long, value_name = "FILE")]
-    password_file: Option<PathBuf>,
-    /// Take any PIN for right: everyone in the guest can use the keys
-    #[arg(long, conflicts_with = "pin_file")]
-    no_pin: bool,
-    /// Forget a verified PIN after this many idle seconds
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400 * 365))]
-    forget_pin: Option<u64>,
+pub(crate) struct Connection {
     /// End when the connection fails or is lost
     #[arg(long)]
     pub(crate) no_reconnect: bool,
@@ -104,9 +140,6 @@ pub(crate) struct Serve {
     /// Let TCP leave this machine: everything, the PIN too, can be read on the way
     #[arg(long)]
     allow_plaintext: bool,
-    /// Options string of the old vscclient
-    #[arg(short = 'e', value_name = "OPTIONS", conflicts_with = "db")]
-    legacy: Option<String>,
     /// Verbosity: 0, 1 to 10 for details, above 10 for everything
     #[arg(short = 'd', value_name = "LEVEL", default_value = "0")]
     debug: String,
@@ -116,26 +149,109 @@ pub(crate) struct Serve {
     endpoint: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Directory {
+    /// Directory that new-card made
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+impl Directory {
+    pub(crate) fn card(&self) -> Result<CardSpec, String> {
+        let directory = CardDirectory::open(&self.directory).map_err(|error| error.to_string())?;
+        let setup = directory.setup();
+        Ok(CardSpec { reader: reader_name(&setup.card_name), card: Wish::Made(setup) })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    #[command(flatten)]
+    card: Card,
+    /// Serve the card in a reader of this host as it is: a part of the reader's name, * for anything, '' for any
+    #[arg(long, value_name = "READER", conflicts_with_all = [
+        "db", "certificates", "pem", "p12", "module", "token", "card_name", "password_file", "profile", "pin_file",
+        "puk_file", "no_pin", "forget_pin", "legacy",
+    ])]
+    pcsc: Option<String>,
+    /// Keep the host's other programs from that card while the guest uses it
+    #[arg(long, requires = "pcsc")]
+    exclusive: bool,
+    /// As what the card shows itself: piv, cac, or dual for both
+    #[arg(long, value_name = "PROFILE", default_value = "dual")]
+    profile: Profile,
+    /// File with a PIN of 4 to 8 characters (PIV: 6 to 8 digits) that the card gets for its own; used once, kept as a
+    /// hash
+    #[arg(long, value_name = "FILE")]
+    pin_file: Option<PathBuf>,
+    /// File with a PUK of 8 characters that such a card gets, to unblock its PIN
+    #[arg(long, value_name = "FILE")]
+    puk_file: Option<PathBuf>,
+    /// Take any PIN for right: everyone in the guest can use the keys
+    #[arg(long, conflicts_with = "pin_file")]
+    no_pin: bool,
+    /// Forget a verified PIN after this many idle seconds
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400 * 365))]
+    forget_pin: Option<u64>,
+    /// Tries of the PIN that the guest cannot use [default: 1 for --pcsc and tokens, else 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=15))]
+    keep_tries: Option<u8>,
+    /// Options string of the old vscclient
+    #[arg(short = 'e', value_name = "OPTIONS", conflicts_with_all = ["db", "pem", "p12", "module", "token"])]
+    legacy: Option<String>,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
 /// Which card is meant, defaults filled in.
 #[derive(Debug)]
 pub(crate) struct CardSpec {
-    pub(crate) card: CertificateCard,
+    pub(crate) card: Wish,
     /// What the guest's host calls the reader.
     pub(crate) reader: String,
 }
 
+/// A card that is to be made, or one that is there.
+#[derive(Debug)]
+pub(crate) enum Wish {
+    Made(CardSetup),
+    Raw(RawSetup),
+}
+
+impl Wish {
+    pub(crate) fn open(&self) -> Result<OpenCard, SetupError> {
+        match self {
+            Self::Made(setup) => setup.open(),
+            Self::Raw(setup) => setup.open(),
+        }
+    }
+}
+
+fn reader_name(card_name: &str) -> String {
+    if card_name.is_empty() { "Virtual Reader".into() } else { card_name.to_owned() }
+}
+
 impl Card {
-    pub(crate) fn spec(self) -> CardSpec {
-        let card_name = self.card_name.unwrap_or_default();
-        CardSpec {
-            reader: if card_name.is_empty() { "Virtual Reader".into() } else { card_name.clone() },
-            card: CertificateCard {
-                db: self.db.unwrap_or_else(|| "/etc/pki/nssdb".into()),
-                certificates: self.certificates,
-                card_name,
-                prefix: "--",
-                ..CertificateCard::default()
-            },
+    /// Without what only serving it needs.
+    fn setup(self) -> CardSetup {
+        let db = || self.db.clone().unwrap_or_else(|| "/etc/pki/nssdb".into());
+        let keys = if !self.pem.is_empty() || !self.p12.is_empty() {
+            Keys::Files(self.pem.into_iter().chain(self.p12.into_iter().map(PemSource::Pkcs12)).collect())
+        } else if self.module.is_empty() && self.token.is_none() {
+            Keys::Database(db())
+        } else {
+            let db = if self.module.is_empty() { Some(db()) } else { self.db };
+            Keys::Token { modules: self.module, db, token: self.token }
+        };
+        CardSetup {
+            keys,
+            certificates: self.certificates,
+            card_name: self.card_name.unwrap_or_default(),
+            password_file: self.password_file,
+            prefix: "--",
+            ..CardSetup::default()
         }
     }
 }
@@ -143,51 +259,59 @@ impl Card {
 impl Serve {
     /// The card that the options ask for, old and new ones.
     pub(crate) fn card(&mut self) -> Result<CardSpec, String> {
-        let taken = Card {
-            db: self.card.db.take(),
-            certificates: std::mem::take(&mut self.card.certificates),
-            card_name: self.card.card_name.take(),
-        };
-        let mut spec = taken.spec();
-        spec.card.pin_file = self.pin_file.take();
-        spec.card.password_file = self.password_file.take();
-        spec.card.no_pin = self.no_pin;
-        spec.card.forget_pin = self.forget_pin.map(Duration::from_secs);
+        if let Some(reader) = self.pcsc.take() {
+            let config = PcscConfig { reader, exclusive: self.exclusive };
+            let raw = RawSetup { config, keep_tries: self.keep_tries };
+            return Ok(CardSpec { card: Wish::Raw(raw), reader: reader_name("") });
+        }
+        let mut setup = std::mem::take(&mut self.card).setup();
+        let mut reader = reader_name(&setup.card_name);
+        setup.profile = self.profile;
+        setup.pin_file = self.pin_file.take();
+        setup.puk_file = self.puk_file.take();
+        setup.no_pin = self.no_pin;
+        setup.forget_pin = self.forget_pin.map(Duration::from_secs);
+        setup.keep_tries = self.keep_tries;
         if let Some(text) = &self.legacy {
             let options = legacy::parse(text).map_err(|error| error.to_string())?;
-            if let Some(db) = options.db {
-                spec.card.db = db;
-            }
-            let readers = options.soft.len() + usize::from(!spec.card.certificates.is_empty());
+            let db = options.db.unwrap_or_else(|| "/etc/pki/nssdb".into());
+            setup.keys = Keys::Database(db.clone());
+            // libcacard's cards are CACs.
+            setup.profile = Profile::Cac;
+            let readers = options.soft.len() + usize::from(!setup.certificates.is_empty());
             if readers > 1 {
                 return Err(format!(
                     "-e: {readers} readers are asked for, and a VSCard host such as QEMU has one; \
                      start one vscclient for each"
                 ));
             }
-            if options.hardware == Some(true) && !options.soft.is_empty() {
+            if options.hardware == Some(true) && readers > 0 {
                 return Err(
-                    "-e: use_hw=yes asks for hardware tokens, which are not served; write use_hw=no".into()
+                    "-e: use_hw=yes asks for a hardware token beside the certificates, and there is one reader; \
+                     write use_hw=no"
+                        .into(),
                 );
             }
             for soft in options.soft {
-                spec.card.certificates = soft.certificates;
-                spec.reader = soft.reader;
+                setup.certificates =
+                    soft.certificates.into_iter().map(|name| Wanted { slot: None, name }).collect();
+                reader = soft.reader;
             }
-            if spec.card.certificates.is_empty() {
-                return Err(if options.hardware != Some(false) {
-                    "-e: hardware tokens are not served; name certificates with soft=(...) or -c".into()
-                } else {
-                    "-e: no certificate is named; add soft=(...) or -c".into()
-                });
+            if setup.certificates.is_empty() {
+                if options.hardware == Some(false) {
+                    return Err("-e: no certificate is named; add soft=(...) or -c".into());
+                }
+                setup.keys = Keys::Token { modules: Vec::new(), db: Some(db), token: None };
             }
         }
-        if spec.card.certificates.is_empty() {
-            return Err("no certificate is named; add --cert NAME, once for each of 1 to 10".into());
+        if matches!(setup.keys, Keys::Database(_)) && setup.certificates.is_empty() {
+            return Err("no certificate is named; add --cert NAME, once for each".into());
         }
-        Ok(spec)
+        Ok(CardSpec { card: Wish::Made(setup), reader })
     }
+}
 
+impl Connection {
     pub(crate) fn endpoint(&self) -> Result<Endpoint, String> {
         let text = match self.endpoint.as_slice() {
             [host, port] if host.contains(':') => format!("tcp:[{host}]:{port}"),

@@ -1,9 +1,8 @@
 //! The commands a user can type on a terminal.
 
 use std::io::{IsTerminal, Write};
-use std::sync::Arc;
 
-use emulated_card::shell::CardSlot;
+use emulated_card::setup::OpenCard;
 use tokio::sync::mpsc;
 use vscard_protocol::{CardSource, Presence};
 
@@ -21,7 +20,7 @@ exit          take the card out of the guest and end";
 
 /// What a console acts on.
 pub(crate) struct Console {
-    pub(crate) slot: Arc<CardSlot>,
+    pub(crate) card: OpenCard,
     pub(crate) reader: String,
     pub(crate) level: Level,
     pub(crate) wishes: mpsc::Sender<Wish>,
@@ -75,20 +74,21 @@ impl Console {
             "insert" | "remove" | "select" if argument.is_some_and(|id| id != "0") => {
                 "there is one reader, 0".into()
             }
-            "insert" => {
-                if self.is_in() {
-                    "the card is in".into()
-                } else {
-                    self.slot.insert();
-                    String::new()
-                }
-            }
-            "remove" => {
-                if self.is_in() {
-                    self.slot.remove();
-                    String::new()
-                } else {
-                    "the card is out".into()
+            "insert" | "remove" => {
+                let Some(slot) = &self.card.slot else {
+                    return Answer::Text("this card comes and goes with what it is in".into());
+                };
+                match (command, self.is_in()) {
+                    ("insert", true) => "the card is in".into(),
+                    ("remove", false) => "the card is out".into(),
+                    ("insert", false) => {
+                        slot.insert();
+                        String::new()
+                    }
+                    _ => {
+                        slot.remove();
+                        String::new()
+                    }
                 }
             }
             "select" => "reader 0 is selected".into(),
@@ -101,7 +101,7 @@ impl Console {
     }
 
     fn is_in(&self) -> bool {
-        matches!(self.slot.presence().get(), Presence::Present { .. })
+        matches!(self.card.source.presence().get(), Presence::Present { .. })
     }
 }
 

@@ -5,6 +5,7 @@ mod args;
 mod console;
 mod legacy;
 mod log;
+mod new_card;
 mod session;
 mod vpcd;
 
@@ -13,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use emulated_card::certificates::OpenCard;
+use emulated_card::setup::OpenCard;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -22,7 +23,7 @@ use vscard_protocol::chardev::Channel;
 use vscard_protocol::client::ClientConfig;
 use vscard_protocol::trace::Traced;
 
-use crate::args::{CardSpec, Cli, Command, Serve};
+use crate::args::{CardSpec, Cli, Command, Connection};
 use crate::console::Console;
 use crate::log::Level;
 use crate::session::{End, Wish};
@@ -36,15 +37,27 @@ const UNUSABLE: u8 = 5;
 fn main() -> ExitCode {
     keep_memory_private();
     let cli = Cli::parse();
+    let done = |result: Result<String, String>| match result {
+        Ok(done) => {
+            println!("{done}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(NO_CARD, &error),
+    };
     match cli.command {
-        Some(Command::Unlock(unlock)) => match unlock.card.spec().card.unlock() {
-            Ok(done) => {
-                println!("{done}");
-                ExitCode::SUCCESS
-            }
-            Err(error) => fail(NO_CARD, &error.to_string()),
+        Some(Command::Unlock(unlock)) => done(unlock.run()),
+        Some(Command::NewCard(new)) => done(new.run()),
+        Some(Command::Card(directory)) => match directory.card() {
+            Ok(spec) => serve(&spec, &directory.connection),
+            Err(error) => fail(NO_CARD, &error),
         },
-        None => serve(cli.serve),
+        None => {
+            let mut serve_args = cli.serve;
+            match serve_args.card() {
+                Ok(spec) => serve(&spec, &serve_args.connection),
+                Err(error) => fail(USAGE, &error),
+            }
+        }
     }
 }
 
@@ -59,16 +72,12 @@ fn fail(status: u8, message: &str) -> ExitCode {
     ExitCode::from(status)
 }
 
-fn serve(mut serve: Serve) -> ExitCode {
-    let spec = match serve.card() {
-        Ok(spec) => spec,
-        Err(error) => return fail(USAGE, &error),
-    };
-    let endpoint = match serve.endpoint() {
+fn serve(spec: &CardSpec, connection: &Connection) -> ExitCode {
+    let endpoint = match connection.endpoint() {
         Ok(endpoint) => endpoint,
         Err(error) => return fail(USAGE, &error),
     };
-    let level = Level::start(serve.debug_level());
+    let level = Level::start(connection.debug_level());
     let card = match spec.card.open() {
         Ok(card) => card,
         Err(error) => return fail(NO_CARD, &error.to_string()),
@@ -78,9 +87,9 @@ fn serve(mut serve: Serve) -> ExitCode {
         Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
     };
     let end = runtime.block_on(async {
-        let channel = Channel::open(endpoint, serve.plaintext()).await;
+        let channel = Channel::open(endpoint, connection.plaintext()).await;
         match channel {
-            Ok(channel) => run(channel, card, &spec, &serve, level).await,
+            Ok(channel) => run(channel, card, spec, connection, level).await,
             Err(error) => End::Unusable(error),
         }
     });
@@ -93,20 +102,32 @@ fn serve(mut serve: Serve) -> ExitCode {
     }
 }
 
-async fn run(channel: Channel, card: OpenCard, spec: &CardSpec, serve: &Serve, level: Level) -> End {
+async fn run(
+    channel: Channel,
+    card: OpenCard,
+    spec: &CardSpec,
+    connection: &Connection,
+    level: Level,
+) -> End {
     let (wishes, mut wanted) = mpsc::channel(4);
     watch_signals(&wishes);
-    let slot = card.slot.clone();
-    slot.insert();
-    Console { slot: slot.clone(), reader: spec.reader.clone(), level, wishes }.start();
-    let source: Arc<dyn CardSource> =
-        if serve.trace { Arc::new(Traced::new(slot.clone(), log::trace_sink())) } else { slot.clone() };
-    if serve.is_vpcd() {
+    if let Some(slot) = &card.slot {
+        slot.insert();
+    }
+    let console = Console { card: card.clone(), reader: spec.reader.clone(), level, wishes };
+    console.start();
+    let source: Arc<dyn CardSource> = if connection.trace {
+        Arc::new(Traced::new(card.source.clone(), log::trace_sink()))
+    } else {
+        card.source.clone()
+    };
+    if connection.is_vpcd() {
         let endpoint = channel.endpoint().clone();
-        return vpcd::run(source, endpoint, serve.plaintext(), !serve.no_reconnect, &mut wanted).await;
+        let reconnect = !connection.no_reconnect;
+        return vpcd::run(source, endpoint, connection.plaintext(), reconnect, &mut wanted).await;
     }
     let config = ClientConfig::new(spec.reader.clone());
-    session::run(source, channel, config, !serve.no_reconnect, &mut wanted).await
+    session::run(source, channel, config, !connection.no_reconnect, &mut wanted).await
 }
 
 /// Whether whoever started us had the signal ignored.

@@ -233,7 +233,8 @@ impl ReferenceData {
                 Err(PinError::NotChecked("the database has no password to compare the PIN with".into()))
             }
             Kind::Store(place) => {
-                let outcome = self.count(&mut *place.lock()?, PIN, |_| store.unlock(pin).map_err(Failure::from));
+                let outcome =
+                    self.count(&mut *place.lock()?, PIN, |_| store.unlock(pin).map_err(Failure::from));
                 outcome.map_err(|error| match error {
                     PinError::Wrong { left } => PinError::Wrong { left: self.lowered(left) },
                     error => error,
@@ -321,9 +322,7 @@ impl ReferenceData {
     pub fn tries_left(&self) -> Result<u8, PinError> {
         match &self.kind {
             Kind::Any { .. } => Ok(self.tries),
-            Kind::Store(place) | Kind::Card { place, .. } => {
-                Ok(self.lowered(self.left(place.read()?.left)))
-            }
+            Kind::Store(place) | Kind::Card { place, .. } => Ok(self.lowered(self.left(place.read()?.left))),
         }
     }
 
