@@ -147,6 +147,7 @@ impl CertificateCard {
         let id = CardId::derive(store.certificates(), &self.card_name);
         let directory = StateDirectory::of_user()?;
         let claim = directory.claim(&database, &id)?;
+        let id = claim.id().clone();
         let reference = self.reference_data(&store, &database, &directory, &claim)?;
         for certificate in store.certificates() {
             tracing::debug!("certificate {:?}, {}", certificate.name, certificate.kind);

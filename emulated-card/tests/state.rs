@@ -16,15 +16,20 @@ use emulated_card::pin::{
     CardPinError, Initial, PinError, ReferenceData, SecretFileError, check_card_pin, read_secret_file,
 };
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
+use sha2::Digest;
 use tempfile::TempDir;
 use vscard_protocol::Secret;
 
 const RIGHT: &[u8] = b"12345678";
 const WRONG: &[u8] = b"87654321";
+const NEW: &[u8] = b"246810";
+const PUK: &[u8] = b"\x0012345\xff\xff";
 const DATABASE: &str = "/home/alice/.pki/nssdb";
 /// Says to [`child`] what to do.
 const CHILD: &str = "VSCARD_STATE_TEST_CHILD";
 const CHILD_DIRECTORY: &str = "VSCARD_STATE_TEST_DIRECTORY";
+/// Which PIN the card has.
+const CHILD_PIN: &str = "VSCARD_STATE_TEST_PIN";
 
 // ---- counting
 
@@ -555,7 +560,7 @@ fn a_card_is_open_once() {
     assert!(message.contains("--card-name") && message.contains(DATABASE), "{message}");
 
     let other_name = place.claim("second");
-    assert_ne!(other_name.id().bytes(), claim.id().bytes());
+    assert_ne!(other_name.id().guid(), claim.id().guid());
     place.directory.claim("/elsewhere".as_ref(), &card("")).unwrap();
 
     drop(claim);
@@ -670,20 +675,333 @@ fn an_own_pin_that_is_gone_or_damaged_refuses_verify() {
 }
 
 #[test]
-fn counter_and_pin_files_cannot_stand_in_for_each_other() {
+fn counter_and_card_files_cannot_stand_in_for_each_other() {
     let place = Place::new();
-    let claim = place.claim("");
     assert_wrong(&place.data(3).verify(&WRONG.into(), &Store::new()), 2);
     let counter = place.state_file();
     let aside = place.path().join("aside");
     fs::rename(&counter, &aside).unwrap();
-    let (own, _) = place.own(&claim, Some(&RIGHT.into())).unwrap();
-    let with_pin = place.state_file();
-
-    fs::copy(&with_pin, &counter).unwrap();
+    let claim = place.claim("");
+    let of_card = place.state_file();
+    fs::copy(&of_card, &counter).unwrap();
     assert!(matches!(place.data(3).tries_left(), Err(PinError::State(StateError::Damaged { .. }))));
-    fs::copy(&aside, &with_pin).unwrap();
+    let (own, _) = place.own(&claim, Some(&RIGHT.into())).unwrap();
+    fs::copy(&of_card, &counter).unwrap();
+    assert!(matches!(place.data(3).tries_left(), Err(PinError::State(StateError::Damaged { .. }))));
+
+    fs::copy(&aside, &of_card).unwrap();
     assert!(matches!(own.tries_left(), Err(PinError::State(StateError::Damaged { .. }))));
+    assert!(matches!(place.own(&claim, Some(&RIGHT.into())), Err(StateError::Damaged { .. })));
+}
+
+// ---- changing the PIN, and the PUK
+
+#[test]
+fn a_changed_pin_is_the_pin_of_every_later_run() {
+    let place = Place::new();
+    let claim = place.claim("");
+    let store = Store::with(|secret| if secret == b"host" { Ok(()) } else { Err(UnlockError::Wrong) });
+    let (data, ..) = place.own_with_puk(&claim, Some(&RIGHT.into()), Some(&PUK.into())).unwrap();
+    let login = data.change(&RIGHT.into(), &NEW.into(), &store).unwrap();
+    assert_eq!(store.logins(), 1);
+    drop(login);
+    for data in [&data, &place.own(&claim, None).unwrap().0] {
+        assert_wrong(&data.verify(&RIGHT.into(), &store), 2);
+        data.verify(&NEW.into(), &store).unwrap();
+    }
+    // And the PUK is what it was.
+    data.unblock(&PUK.into(), &RIGHT.into()).unwrap();
+    data.verify(&RIGHT.into(), &store).unwrap();
+}
+
+#[test]
+fn a_wrong_old_pin_counts_as_in_verify() {
+    for case in Case::all() {
+        let (data, store) = (&case.data, Case::store());
+        assert_wrong(&data.change(&WRONG.into(), &NEW.into(), &store), 2);
+        assert_wrong(&data.verify(&WRONG.into(), &store), 1);
+        assert_wrong(&data.change(&WRONG.into(), &NEW.into(), &store), 0);
+        assert!(matches!(data.change(&RIGHT.into(), &NEW.into(), &store), Err(PinError::Blocked)));
+        assert!(matches!(data.verify(&RIGHT.into(), &store), Err(PinError::Blocked)));
+        assert_eq!((data.tries_left().unwrap(), data.puk_tries_left().unwrap()), (0, 3));
+        assert_eq!(store.compared(), 0);
+    }
+}
+
+#[test]
+fn the_puk_unblocks_and_sets_the_pin_and_logs_nobody_in() {
+    for case in Case::all() {
+        let (data, store) = (&case.data, Case::store());
+        for left in [2, 1, 0] {
+            assert_wrong(&data.verify(&WRONG.into(), &store), left);
+        }
+        assert!(matches!(data.unblock(&WRONG.into(), &NEW.into()), Err(PinError::Wrong { left: 2 })));
+        assert_eq!((data.tries_left().unwrap(), data.puk_tries_left().unwrap()), (0, 2));
+        data.unblock(&PUK.into(), &NEW.into()).unwrap();
+        assert_eq!((data.tries_left().unwrap(), data.puk_tries_left().unwrap()), (3, 3));
+        assert_eq!(store.compared(), 0);
+        assert_wrong(&data.verify(&RIGHT.into(), &store), 2);
+        data.verify(&NEW.into(), &store).unwrap();
+    }
+}
+
+#[test]
+fn the_puk_blocks_for_itself() {
+    for case in Case::all() {
+        let (data, store) = (&case.data, Case::store());
+        let wrong =
+            |left| move |error: &PinError| matches!(error, PinError::Wrong { left: now } if *now == left);
+        assert!(data.unblock(&WRONG.into(), &NEW.into()).is_err_and(|error| wrong(2)(&error)));
+        assert!(data.change_puk(&WRONG.into(), &PUK.into()).is_err_and(|error| wrong(1)(&error)));
+        assert!(data.unblock(&RIGHT.into(), &NEW.into()).is_err_and(|error| wrong(0)(&error)));
+        assert!(matches!(data.unblock(&PUK.into(), &NEW.into()), Err(PinError::Blocked)));
+        assert!(matches!(data.change_puk(&PUK.into(), &WRONG.into()), Err(PinError::Blocked)));
+        assert_eq!((data.tries_left().unwrap(), data.puk_tries_left().unwrap()), (3, 0));
+        // The PIN works all the same, and gives no try of the PUK back.
+        data.verify(&RIGHT.into(), &store).unwrap();
+        assert_eq!(data.puk_tries_left().unwrap(), 0);
+        // `vscclient unlock`
+        assert!(data.reset_tries().unwrap());
+        data.unblock(&PUK.into(), &NEW.into()).unwrap();
+    }
+}
+
+#[test]
+fn the_puk_can_be_changed() {
+    let new = [0x00, 0xff, 1, 2, 3, 4, 5, 6];
+    for case in Case::all() {
+        let data = &case.data;
+        data.change_puk(&PUK.into(), &new[..].into()).unwrap();
+        assert!(matches!(data.unblock(&PUK.into(), &NEW.into()), Err(PinError::Wrong { left: 2 })));
+        data.unblock(&new[..].into(), &NEW.into()).unwrap();
+    }
+}
+
+#[test]
+fn an_unfit_new_pin_or_puk_costs_no_try_and_changes_nothing() {
+    for case in Case::all() {
+        let (data, store) = (&case.data, Case::store());
+        for (new, error) in [
+            (&b""[..], CardPinError::Length),
+            (b"123", CardPinError::Length),
+            (b"123456789", CardPinError::Length),
+            (b"123456\xff\xff", CardPinError::Byte),
+        ] {
+            for old in [RIGHT, WRONG] {
+                let refused = data.change(&old.into(), &new.into(), &store).err();
+                assert!(matches!(refused, Some(PinError::Unfit(e)) if e == error), "{refused:?}");
+            }
+            for puk in [PUK, WRONG] {
+                let refused = data.unblock(&puk.into(), &new.into()).err();
+                assert!(matches!(refused, Some(PinError::Unfit(e)) if e == error), "{refused:?}");
+            }
+        }
+        for new in [&b""[..], b"1234567", b"123456789", &[0xff; 8]] {
+            let refused = data.change_puk(&WRONG.into(), &new.into()).err();
+            assert!(matches!(refused, Some(PinError::Unfit(CardPinError::Puk))), "{refused:?}");
+        }
+        assert_eq!((data.tries_left().unwrap(), data.puk_tries_left().unwrap()), (3, 3));
+        data.verify(&RIGHT.into(), &store).unwrap();
+    }
+}
+
+#[test]
+fn a_store_that_fails_leaves_the_old_pin() {
+    let place = Place::new();
+    let claim = place.claim("");
+    let (data, _) = place.own(&claim, Some(&RIGHT.into())).unwrap();
+    let failing = Store::with(|_| Err(UnlockError::NotChecked("token gone".into())));
+    assert!(matches!(data.change(&RIGHT.into(), &NEW.into(), &failing), Err(PinError::NotChecked(_))));
+    assert_eq!(data.tries_left().unwrap(), 3);
+    data.verify(&RIGHT.into(), &Store::with(|_| Ok(()))).unwrap();
+}
+
+#[test]
+fn only_a_card_with_a_pin_of_its_own_lets_it_be_changed() {
+    let place = Place::new();
+    let claim = place.claim("");
+    let (own, ..) = place.own_with_puk(&claim, Some(&RIGHT.into()), None).unwrap();
+    let store = Store::with(|_| Ok(()));
+    for data in [&place.data(3), &ReferenceData::in_memory(3), &ReferenceData::any(Secret::default()), &own] {
+        let unsupported = |error: PinError| matches!(error, PinError::NotSupported);
+        assert!(data.unblock(&PUK.into(), &NEW.into()).is_err_and(unsupported));
+        assert!(data.change_puk(&PUK.into(), &NEW.into()).is_err_and(unsupported));
+        assert!(data.puk_tries_left().is_err_and(unsupported));
+        assert_eq!(data.tries_left().unwrap(), 3);
+        if !std::ptr::eq(data, &own) {
+            assert!(data.change(&RIGHT.into(), &NEW.into(), &store).is_err_and(unsupported));
+        }
+    }
+    own.change(&RIGHT.into(), &NEW.into(), &store).unwrap();
+}
+
+#[test]
+fn a_first_puk_is_used_once_and_a_card_without_one_can_get_it_later() {
+    let place = Place::new();
+    let claim = place.claim("");
+    for puk in [&b"1234567"[..], b"123456789", &[0xff; 8]] {
+        let refused = place.own_with_puk(&claim, Some(&RIGHT.into()), Some(&puk.into())).unwrap_err();
+        assert!(matches!(refused, StateError::CardPin(CardPinError::Puk)), "{refused}");
+    }
+    assert!(!ReferenceData::card_has_pin(&place.directory, &claim).unwrap());
+    let no_pin = place.own_with_puk(&claim, None, Some(&PUK.into())).unwrap_err();
+    assert!(matches!(no_pin, StateError::NoPin { .. }));
+
+    let (data, pin, puk) = place.own_with_puk(&claim, Some(&RIGHT.into()), None).unwrap();
+    assert_eq!((pin, puk), (Initial::Created, Initial::NotGiven));
+    assert_wrong(&data.verify(&WRONG.into(), &Store::new()), 2);
+    let (data, pin, puk) = place.own_with_puk(&claim, Some(&NEW.into()), Some(&PUK.into())).unwrap();
+    assert_eq!((pin, puk), (Initial::Ignored, Initial::Created));
+    assert_eq!(data.tries_left().unwrap(), 2);
+    let (data, pin, puk) = place.own_with_puk(&claim, None, Some(&WRONG.into())).unwrap();
+    assert_eq!((pin, puk), (Initial::NotGiven, Initial::Ignored));
+    data.unblock(&PUK.into(), &NEW.into()).unwrap();
+}
+
+#[test]
+fn damage_to_a_card_with_a_puk_refuses_everything() {
+    let place = Place::new();
+    let claim = place.claim("");
+    let (data, ..) = place.own_with_puk(&claim, Some(&RIGHT.into()), Some(&PUK.into())).unwrap();
+    assert!(data.unblock(&WRONG.into(), &NEW.into()).is_err());
+    let (file, store) = (place.state_file(), Store::with(|_| Ok(())));
+    let good = fs::read(&file).unwrap();
+    drop(claim);
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1 << (at % 8);
+        for bad in [&bad[..], &good[..at]] {
+            fs::write(&file, bad).unwrap();
+            let damaged = |error: PinError| matches!(error, PinError::State(StateError::Damaged { .. }));
+            assert!(data.verify(&RIGHT.into(), &store).is_err_and(damaged), "byte {at}");
+            assert!(data.change(&RIGHT.into(), &NEW.into(), &store).is_err_and(damaged), "byte {at}");
+            assert!(data.unblock(&PUK.into(), &NEW.into()).is_err_and(damaged), "byte {at}");
+            assert!(data.change_puk(&PUK.into(), &NEW.into()).is_err_and(damaged), "byte {at}");
+            assert!(data.reset_tries().is_err(), "byte {at}");
+            assert!(place.directory.claim(DATABASE.as_ref(), &card("")).is_err(), "byte {at}");
+            assert_eq!(fs::read(&file).unwrap(), bad, "byte {at}");
+        }
+    }
+    fs::write(&file, good).unwrap();
+    assert_eq!((data.tries_left().unwrap(), data.puk_tries_left().unwrap()), (3, 2));
+}
+
+#[test]
+fn parallel_guesses_of_the_puk_get_exactly_the_tries() {
+    let place = Place::new();
+    let claim = place.claim("");
+    place.own_with_puk(&claim, Some(&RIGHT.into()), Some(&PUK.into())).unwrap();
+    let start = Barrier::new(4);
+    let left = std::sync::Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for at in 0..4 {
+            let (data, _) = place.own(&claim, None).unwrap();
+            let (start, left) = (&start, &left);
+            scope.spawn(move || {
+                start.wait();
+                loop {
+                    let refused = match at % 2 {
+                        0 => data.unblock(&WRONG.into(), &NEW.into()),
+                        _ => data.change_puk(&WRONG.into(), &PUK.into()),
+                    };
+                    match refused {
+                        Err(PinError::Wrong { left: now }) => left.lock().unwrap().push(now),
+                        Err(PinError::Blocked) => return,
+                        other => panic!("{other:?}"),
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(left.into_inner().unwrap(), [2, 1, 0]);
+}
+
+/// The child changes the PIN to the next one, and again, and says which it is; killed at any moment, the PIN is the
+/// last one it said or the one after it, and no more than a try is gone.
+#[test]
+fn killed_while_changing_it_is_the_old_pin_or_the_new() {
+    let place = Place::new();
+    let claim = place.claim("");
+    let (data, ..) = place.own_with_puk(&claim, Some(&numbered(0)), Some(&PUK.into())).unwrap();
+    drop(claim);
+    let store = Store::with(|_| Ok(()));
+    let (mut pin, mut kills) = (0, 0);
+    while kills < 15 || pin < 15 {
+        // Every third child unblocks.
+        let what = ["change", "change", "unblock"][kills % 3];
+        let (mut child, mut output) = started(in_child(what, &place).env(CHILD_PIN, pin.to_string()));
+        std::thread::sleep(Duration::from_micros(random() % 100_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let mut said = String::new();
+        output.read_to_string(&mut said).unwrap();
+        if let Some(last) = said.lines().filter_map(|line| line.strip_prefix("pin ")).next_back() {
+            pin = last.parse().unwrap();
+        }
+        let (tries, puk_tries) = (data.tries_left().unwrap(), data.puk_tries_left().unwrap());
+        assert!(tries >= 2 && puk_tries >= 2 && tries + puk_tries >= 5, "{tries} and {puk_tries}");
+        if data.verify(&numbered(pin + 1), &store).is_ok() {
+            pin += 1;
+        } else {
+            data.verify(&numbered(pin), &store).unwrap();
+        }
+        assert_eq!(data.tries_left().unwrap(), 3);
+        data.change_puk(&PUK.into(), &PUK.into()).unwrap();
+        kills += 1;
+        assert!(kills < 500, "children do not get to change: {pin} so far");
+    }
+}
+
+// ---- a card's identity
+
+#[test]
+fn identity_is_kept_in_the_state_and_wins_over_what_would_be_derived_now() {
+    let place = Place::new();
+    let first = place.claim("").id().clone();
+    assert_eq!(first, card(""));
+    let file = place.state_file();
+    let text = fs::read_to_string(&file).unwrap();
+    // As a version that derived it otherwise would have left it.
+    let at = text.find("identity ").unwrap() + "identity ".len();
+    let body = format!("{}{}\n", &text[..at], "5a".repeat(32));
+    fs::write(&file, format!("{body}sha256 {}\n", sha256(&body))).unwrap();
+    let kept = place.claim("").id().clone();
+    assert_eq!(kept.guid(), [90, 90, 90, 90, 90, 90, 0x8a, 90, 0x9a, 90, 90, 90, 90, 90, 90, 90]);
+    // It is the same card: its PIN is found.
+    let claim = place.claim("");
+    place.own(&claim, Some(&RIGHT.into())).unwrap();
+    drop(claim);
+    let claim = place.claim("");
+    assert_eq!(claim.id(), &kept);
+    assert!(ReferenceData::card_has_pin(&place.directory, &claim).unwrap());
+    assert!(ReferenceData::reset_card_tries(&place.directory, DATABASE.as_ref(), &card("")).unwrap());
+}
+
+#[test]
+fn a_card_from_before_identities_were_kept_gets_its_own_and_keeps_pin_and_counter() {
+    let place = Place::new();
+    let claim = place.claim("");
+    let (data, _) = place.own(&claim, Some(&RIGHT.into())).unwrap();
+    let store = Store::with(|_| Ok(()));
+    assert_wrong(&data.verify(&WRONG.into(), &store), 2);
+    drop(claim);
+    let text = fs::read_to_string(place.state_file()).unwrap();
+    let body = &text[..text.find("identity ").unwrap()];
+    fs::write(place.state_file(), format!("{body}sha256 {}\n", sha256(body))).unwrap();
+    assert_eq!(data.tries_left().unwrap(), 2);
+    assert_eq!(place.claim("").id(), &card(""));
+    assert!(fs::read_to_string(place.state_file()).unwrap().contains("\nidentity "));
+    assert_eq!(data.tries_left().unwrap(), 2);
+    data.verify(&RIGHT.into(), &store).unwrap();
+}
+
+#[test]
+fn cards_differ_in_the_part_of_the_guid_that_windows_leaves() {
+    let guids: Vec<_> = ["", "second", "third"].map(|name| card(name).guid()).into();
+    for (at, guid) in guids.iter().enumerate() {
+        assert!(guids[..at].iter().all(|other| other[..13] != guid[..13]));
+        assert_eq!((guid[6] >> 4, guid[8] >> 6), (8, 2));
+    }
 }
 
 #[test]
@@ -790,6 +1108,23 @@ fn child() {
             say("\nready\n");
             std::thread::sleep(Duration::from_secs(60));
         }
+        "change" | "unblock" => {
+            let mut pin: u32 = std::env::var(CHILD_PIN).unwrap().parse().unwrap();
+            let claim = directory.claim(DATABASE.as_ref(), &card("")).unwrap();
+            let (data, ..) =
+                ReferenceData::of_card(&directory, &claim, None, None, Secret::default(), 3).unwrap();
+            let store = Store::with(|_| Ok(()));
+            say("\nready\n");
+            loop {
+                if what == "change" {
+                    drop(data.change(&numbered(pin), &numbered(pin + 1), &store).unwrap());
+                } else {
+                    data.unblock(&PUK.into(), &numbered(pin + 1)).unwrap();
+                }
+                pin += 1;
+                say(&format!("pin {pin}\n"));
+            }
+        }
         "unwritable" => refused(&data),
         "tmpfs" => {
             say("\nmounted\n");
@@ -839,7 +1174,11 @@ fn in_child(what: &str, place: &Place) -> Command {
 
 /// Starts a child and waits until it says that it is ready.
 fn start(what: &str, place: &Place) -> (Child, BufReader<ChildStdout>) {
-    let mut child = in_child(what, place).stdout(Stdio::piped()).spawn().unwrap();
+    started(&mut in_child(what, place))
+}
+
+fn started(command: &mut Command) -> (Child, BufReader<ChildStdout>) {
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     while line != "ready\n" {
@@ -900,6 +1239,37 @@ impl Place {
     fn state_file(&self) -> PathBuf {
         only_file(self.directory.path(), "state")
     }
+}
+
+/// A card with the PIN `RIGHT` and the PUK `PUK`, on disk or in memory.
+struct Case {
+    data: ReferenceData,
+    _place: Place,
+}
+
+impl Case {
+    fn all() -> [Self; 2] {
+        let (place, elsewhere) = (Place::new(), Place::new());
+        let (on_disk, ..) =
+            place.own_with_puk(&place.claim(""), Some(&RIGHT.into()), Some(&PUK.into())).unwrap();
+        let in_memory = ReferenceData::in_memory_own(&RIGHT.into(), Some(&PUK.into()), 3).unwrap();
+        [Self { data: on_disk, _place: place }, Self { data: in_memory, _place: elsewhere }]
+    }
+
+    /// Takes what the host gave: in memory, that is the first PIN.
+    fn store() -> Store {
+        Store::with(
+            |secret| if secret == b"host" || secret == RIGHT { Ok(()) } else { Err(UnlockError::Wrong) },
+        )
+    }
+}
+
+fn numbered(pin: u32) -> Secret {
+    Secret::new(format!("{pin:08}").into_bytes())
+}
+
+fn sha256(text: &str) -> String {
+    sha2::Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn only_file(directory: &Path, extension: &str) -> PathBuf {
