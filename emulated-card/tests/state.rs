@@ -28,6 +28,8 @@ const DATABASE: &str = "/home/alice/.pki/nssdb";
 /// Says to [`child`] what to do.
 const CHILD: &str = "VSCARD_STATE_TEST_CHILD";
 const CHILD_DIRECTORY: &str = "VSCARD_STATE_TEST_DIRECTORY";
+/// Which file it is to read.
+const CHILD_FILE: &str = "VSCARD_STATE_TEST_FILE";
 /// Which PIN the card has.
 const CHILD_PIN: &str = "VSCARD_STATE_TEST_PIN";
 
@@ -1067,6 +1069,74 @@ fn a_secret_file_holds_one_line_for_its_owner_alone() {
     assert!(matches!(read_secret_file(&path), Err(SecretFileError::NotRegular { .. })));
 }
 
+/// Runs a shell script in whose place [`child`] reads the secret named by `file`, and says what it was.
+fn read_in_child(script: &str, file: &str, credentials: &str) -> String {
+    let place = Place::new();
+    let mut command = Command::new("bash");
+    command.args(["-c", script]).arg(this()).child("read", &place);
+    let output = command.env(CHILD_FILE, file).env("CREDENTIALS_DIRECTORY", credentials).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let line = said.lines().find(|line| line.starts_with("read ")).map(str::to_owned);
+    line.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn a_secret_can_come_from_an_inherited_descriptor() {
+    for (script, file, secret) in [
+        ("printf '1234\\n' | \"$0\" \"$@\"", "fd:0", "read 1234"),
+        // The writer is later than the reader.
+        ("(sleep 0.2; echo 1234) | \"$0\" \"$@\"", "/dev/fd/0", "read 1234"),
+        ("exec \"$0\" \"$@\" 63< <(echo 1234)", "fd:63", "read 1234"),
+        ("exec \"$0\" \"$@\" 5<<< 1234", "/dev/fd/5", "read 1234"),
+        ("exec \"$0\" \"$@\" 5< /dev/null", "fd:5", "read error: fd:5 is not a regular file"),
+        ("exec \"$0\" \"$@\" 5< /", "fd:5", "read error: fd:5 is not a regular file"),
+        (
+            "exec \"$0\" \"$@\" 5< <(head -c 100000 /dev/zero)",
+            "fd:5",
+            "read error: fd:5 is longer than 1 KiB",
+        ),
+        ("exec \"$0\" \"$@\" 5< <(true)", "fd:5", "read error: fd:5 is empty"),
+    ] {
+        assert_eq!(read_in_child(script, file, ""), secret, "{script}");
+    }
+    let gone = read_in_child("exec \"$0\" \"$@\"", "fd:77", "");
+    assert!(gone.starts_with("read error: cannot read fd:77: No such file"), "{gone}");
+    for name in
+        ["fd:", "fd:x", "fd:+1", "fd:-1", "fd:0/../1", "fd:99999999999", "/dev/fd/", "/dev/fd/../null"]
+    {
+        assert!(read_secret_file(name.as_ref()).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn a_credential_of_systemd_may_be_readable_by_its_group() {
+    let place = Place::new();
+    let directory = place.path().join("credentials");
+    fs::create_dir(&directory).unwrap();
+    let file = directory.join("pin");
+    fs::write(&file, "1234\n").unwrap();
+    let (file, directory) = (file.to_str().unwrap(), directory.to_str().unwrap());
+    let read = |mode, credentials| {
+        fs::set_permissions(file, fs::Permissions::from_mode(mode)).unwrap();
+        read_in_child("exec \"$0\" \"$@\"", file, credentials)
+    };
+    assert_eq!(read(0o440, directory), "read 1234");
+    assert_eq!(read(0o400, directory), "read 1234");
+    for (mode, credentials) in [
+        (0o460, directory),
+        (0o444, directory),
+        (0o440, ""),
+        (0o440, "/"),
+        (0o440, place.path().to_str().unwrap()),
+    ] {
+        let refused = read(mode, credentials);
+        assert!(refused.starts_with("read error: ") && refused.contains("open to others"), "{refused}");
+    }
+    // Not a directory at all, so nothing is in it.
+    let refused = read_in_child(&format!("cd '{directory}'; exec \"$0\" \"$@\""), "pin", "");
+    assert!(refused.contains("open to others"), "{refused}");
+}
+
 // ---- the other process
 
 /// Not a test of its own: what the tests above run in another process.
@@ -1125,6 +1195,10 @@ fn child() {
                 say(&format!("pin {pin}\n"));
             }
         }
+        "read" => match read_secret_file(std::env::var_os(CHILD_FILE).unwrap().as_ref()) {
+            Ok(secret) => say(&format!("\nread {}\n", std::str::from_utf8(secret.expose()).unwrap())),
+            Err(error) => say(&format!("\nread error: {error}\n")),
+        },
         "unwritable" => refused(&data),
         "tmpfs" => {
             say("\nmounted\n");
