@@ -85,7 +85,7 @@ impl StateDirectory {
     ///
     /// # Errors
     /// [`StateError::InUse`] while another opener, in this process or another, holds the same card; state that is
-    /// damaged or cannot be written.
+    /// damaged or not this user's.
     pub fn claim(&self, database: &Path, id: &CardId) -> Result<CardClaim, StateError> {
         let directory = self.open_or_create()?;
         let name = format!("{}.claim", card_stem(database, id));
@@ -98,25 +98,27 @@ impl StateDirectory {
             return Err(StateError::InUse { database: database.to_owned(), card: hex(&id.key[..4]) });
         }
         let lock = FileLock(file);
-        let identity = match keep(&Record::of_card(self, database, id), id.identity) {
-            // Nothing is kept then, but no other identity either.
-            Err(error) if is_read_only(&error) => id.identity,
-            other => other?,
-        };
+        let record = Record::of_card(self, database, id);
+        let kept = record.read()?.and_then(|contents| contents.identity);
+        if kept.is_none() {
+            match keep(&record, id.identity) {
+                // On a full or read-only disk the card is there, though no PIN is taken.
+                Err(error @ StateError::Io { .. }) => {
+                    tracing::warn!("the card's identity is not kept: {error}")
+                }
+                other => other?,
+            }
+        }
+        let identity = kept.unwrap_or(id.identity);
         let id = CardId { identity, ..*id };
         Ok(CardClaim { _lock: lock, database: database.to_owned(), id })
     }
 }
 
-/// The identity that a card's state has, which is `new` for a card that has none yet.
-fn keep(record: &Record, new: [u8; 32]) -> Result<[u8; 32], StateError> {
-    if let Some(kept) = record.read()?.and_then(|contents| contents.identity) {
-        return Ok(kept);
-    }
+fn keep(record: &Record, identity: [u8; 32]) -> Result<(), StateError> {
     let locked = record.lock()?;
     let contents = locked.read()?.unwrap_or_default();
-    locked.write(&Contents { identity: Some(new), ..contents })?;
-    Ok(new)
+    locked.write(&Contents { identity: Some(identity), ..contents })
 }
 
 fn is_read_only(error: &StateError) -> bool {
