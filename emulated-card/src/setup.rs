@@ -268,7 +268,8 @@ impl CardSetup {
             Ok(_) => {}
             Err(error) => tracing::warn!("every PIN will be refused: {error}"),
         }
-        let card = self.make(store, reference, id)?;
+        // The identity it had the first time.
+        let card = self.make(store, reference, claim.id().clone())?;
         let slot = CardSlot::new(card).map_err(SetupError::Thread)?;
         slot.forget_pin(self.forget_pin);
         let slot = Arc::new(slot);

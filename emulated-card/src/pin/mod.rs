@@ -114,7 +114,7 @@ enum Kind {
 #[derive(Debug)]
 enum Place {
     Disk(Record),
-    Memory(Mutex<Contents>),
+    Memory(Box<Mutex<Contents>>),
 }
 
 impl ReferenceData {
@@ -165,7 +165,9 @@ impl ReferenceData {
     /// # Errors
     /// State that is damaged or cannot be read.
     pub fn card_has_pin(directory: &StateDirectory, claim: &CardClaim) -> Result<bool, StateError> {
-        Ok(Record::of_card(directory, claim.database(), claim.id()).read()?.is_some())
+        Ok(Record::of_card(directory, claim.database(), claim.id())
+            .read()?
+            .is_some_and(|contents| contents.pin.is_some()))
     }
 
     /// Gives a card with a PIN of its own all its tries back, for PIN and PUK, without a claim: some process may
@@ -188,7 +190,7 @@ impl ReferenceData {
 
     /// The PIN is the store's own password, the counter in memory only. For tests and benches.
     pub fn in_memory(tries: u8) -> Self {
-        Self::new(Kind::Store(Place::Memory(Mutex::default())), tries)
+        Self::new(Kind::Store(Place::Memory(Box::default())), tries)
     }
 
     /// The PIN is that of the token that `store` is, which counts the tries itself. As it does not tell how many are
@@ -208,7 +210,7 @@ impl ReferenceData {
         let hash = |secret| PinHash::of(secret, Cost::Memory).map_err(StateError::Hash);
         let contents =
             Contents { pin: Some(hash(pin)?), puk: puk.map(hash).transpose()?, ..Contents::default() };
-        let place = Place::Memory(Mutex::new(contents));
+        let place = Place::Memory(Box::new(Mutex::new(contents)));
         Ok(Self::new(Kind::Card { place, store_password: pin.clone() }, tries))
     }
 
@@ -535,8 +537,10 @@ fn unlock_by_host(store: &dyn KeyStore, password: &Secret) -> Result<Box<dyn Unl
 fn reset(record: &Record) -> Result<bool, StateError> {
     let locked = record.lock()?;
     match locked.read()? {
-        Some(contents) => locked.write(&Contents { left: None, puk_left: None, ..contents }).map(|()| true),
-        None => Ok(false),
+        Some(contents) if record.has_counter(&contents) => {
+            locked.write(&Contents { left: None, puk_left: None, ..contents }).map(|()| true)
+        }
+        _ => Ok(false),
     }
 }
 

@@ -1,8 +1,8 @@
-//! Files with a PIN, PUK or password.
+//! Where a PIN, PUK or password is read from.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -24,7 +24,7 @@ pub enum SecretFileError {
         /// What the system said.
         source: io::Error,
     },
-    /// A directory, a FIFO, a device.
+    /// A directory, a device, a FIFO that is not an inherited descriptor.
     #[error("{} is not a regular file", path.display())]
     NotRegular {
         /// The file.
@@ -56,7 +56,15 @@ pub enum SecretFileError {
     },
 }
 
-/// Reads a PIN or password from a file that is its owner's alone: one line of up to 1 KiB, its end stripped.
+/// Where systemd puts the credentials of a service (systemd.exec(5), LoadCredential=).
+const CREDENTIALS_DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
+
+/// Reads a PIN, PUK or password: one line of up to 1 KiB, its end stripped.
+///
+/// `path` is a file that is its owner's alone; or `fd:N` or `/dev/fd/N`, an inherited descriptor, which whoever
+/// started this process vouches for. That may be a pipe: it is read once, until its other end is closed, and this
+/// blocks until then. A file in `$CREDENTIALS_DIRECTORY` may be readable by its group, which is how an access control
+/// list for the service's user shows.
 ///
 /// # Errors
 /// [`SecretFileError`].
@@ -94,21 +102,29 @@ pub(crate) fn read_file(
     access: Access,
 ) -> Result<Zeroizing<Vec<u8>>, SecretFileError> {
     let io_error = |source| SecretFileError::Io { path: path.to_owned(), source };
+    let descriptor = descriptor(path);
+    let opened = descriptor.as_deref().unwrap_or(path);
     // Without NONBLOCK, a FIFO would hang the open. What is checked is what was opened.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map(File::from);
+    let file = rustix::fs::open(opened, flags, Mode::empty()).map(File::from);
     let mut file = file.map_err(|errno| io_error(errno.into()))?;
     let metadata = file.metadata().map_err(io_error)?;
-    if !metadata.is_file() {
+    if descriptor.is_some() && metadata.file_type().is_fifo() {
+        // What writes into it may not have begun yet.
+        rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|errno| io_error(errno.into()))?;
+    } else if !metadata.is_file() {
         return Err(SecretFileError::NotRegular { path: path.to_owned() });
     }
-    if access == Access::OwnersAlone {
-        let owner = metadata.uid();
+    if descriptor.is_none() && access == Access::OwnersAlone {
+        let credentials = std::env::var_os(CREDENTIALS_DIRECTORY).map(PathBuf::from);
+        let is_credential = credentials
+            .is_some_and(|directory| directory.is_absolute() && path.parent() == Some(directory.as_path()));
+        let closed_to = if is_credential { 0o037 } else { 0o077 };
+        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o777);
         if owner != 0 && owner != rustix::process::geteuid().as_raw() {
             return Err(SecretFileError::OfAnother { path: path.to_owned(), owner });
         }
-        if metadata.mode() & 0o077 != 0 {
-            let mode = metadata.mode() & 0o777;
+        if mode & closed_to != 0 {
             return Err(SecretFileError::OpenToOthers { path: path.to_owned(), mode });
         }
     }
@@ -125,4 +141,13 @@ pub(crate) fn read_file(
     }
     bytes.truncate(filled);
     Ok(bytes)
+}
+
+/// The name by which an inherited descriptor is opened, if `path` means one. That is another opening of the same
+/// pipe or file, from its beginning.
+fn descriptor(path: &Path) -> Option<PathBuf> {
+    let path = path.to_str()?;
+    let number = path.strip_prefix("fd:").or_else(|| path.strip_prefix("/dev/fd/"))?;
+    let number: u32 = number.parse().ok().filter(|_| number.bytes().all(|byte| byte.is_ascii_digit()))?;
+    Some(format!("/dev/fd/{number}").into())
 }
