@@ -160,6 +160,8 @@ pub fn assign(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::KeyKind;
+    use crate::tlv::ber;
 
     #[test]
     fn names_of_slots() {
@@ -177,5 +179,111 @@ mod tests {
         assert_eq!(PivSlot::CARD_AUTHENTICATION.retired(), None);
         assert_eq!("82".parse::<PivSlot>().map(PivSlot::retired), Ok(Some(1)));
         assert_eq!("95".parse::<PivSlot>().map(PivSlot::retired), Ok(Some(20)));
+    }
+
+    /// A certificate without a signature, with these extensions: identifier (the contents), critical or not, value.
+    fn certificate(extensions: &[(&[u8], bool, Vec<u8>)]) -> Certificate {
+        let extensions: Vec<u8> = extensions
+            .iter()
+            .flat_map(|(oid, critical, value)| {
+                let critical = if *critical { ber(&[0x01], &[0xFF]) } else { Vec::new() };
+                ber(&[0x30], &[ber(&[0x06], oid), critical, ber(&[0x04], value)].concat())
+            })
+            .collect();
+        let name = ber(
+            &[0x30],
+            &ber(&[0x31], &ber(&[0x30], &[ber(&[0x06], &[0x55, 4, 3]), ber(&[0x0C], b"Jane")].concat())),
+        );
+        let fields = [
+            ber(&[0xA0], &ber(&[0x02], &[2])),
+            ber(&[0x02], &[1]),
+            ber(&[0x30], &[]),
+            ber(&[0x30], &[]),
+            ber(&[0x30], &[]),
+            name,
+            ber(&[0x30], &[]),
+            ber(&[0xA3], &ber(&[0x30], &extensions)),
+        ];
+        let der = ber(&[0x30], &[ber(&[0x30], &fields.concat()), ber(&[0x30], &[]), vec![3, 1, 0]].concat());
+        let kind = KeyKind::Rsa { bits: 2048 };
+        Certificate { name: "c".into(), der, public_key: Vec::new(), kind }
+    }
+
+    fn key_usage(bits: u8) -> (&'static [u8], bool, Vec<u8>) {
+        (&[0x55, 0x1D, 0x0F], true, vec![0x03, 2, 0, bits])
+    }
+
+    fn extended(oids: &[&[u8]]) -> (&'static [u8], bool, Vec<u8>) {
+        let oids: Vec<u8> = oids.iter().flat_map(|oid| ber(&[0x06], oid)).collect();
+        (&[0x55, 0x1D, 0x25], false, ber(&[0x30], &oids))
+    }
+
+    const SIGN: u8 = 0x80;
+    const COMMIT: u8 = 0x40;
+    const ENCIPHER: u8 = 0x20;
+    const AGREE: u8 = 0x08;
+    const EMAIL: &[u8] = &[0x2B, 6, 1, 5, 5, 7, 3, 4];
+    const CLIENT: &[u8] = &[0x2B, 6, 1, 5, 5, 7, 3, 2];
+    const SMARTCARD_LOGON: &[u8] = &[0x2B, 6, 1, 4, 1, 0x82, 0x37, 20, 2, 2];
+    const CARD: &[u8] = &[0x60, 0x86, 0x48, 1, 0x65, 3, 6, 8];
+
+    #[test]
+    fn purposes() {
+        for (usage, extensions, expected) in [
+            (SIGN, &[CLIENT][..], Purpose::Authenticate),
+            (SIGN, &[SMARTCARD_LOGON], Purpose::Authenticate),
+            (SIGN | ENCIPHER, &[CLIENT], Purpose::Authenticate),
+            (SIGN | COMMIT, &[], Purpose::Commit),
+            (COMMIT, &[], Purpose::Commit),
+            (SIGN, &[EMAIL], Purpose::Commit),
+            (ENCIPHER, &[], Purpose::Encrypt),
+            (AGREE, &[EMAIL], Purpose::Encrypt),
+            (SIGN, &[CARD], Purpose::CardAuthentication),
+            (SIGN, &[], Purpose::Sign),
+            (SIGN, &[CLIENT, EMAIL], Purpose::Sign),
+            (SIGN | ENCIPHER, &[], Purpose::Any),
+            (SIGN | COMMIT | ENCIPHER, &[CLIENT, EMAIL], Purpose::Any),
+        ] {
+            let certificate = certificate(&[key_usage(usage), extended(extensions)]);
+            assert_eq!(purpose(&certificate.der), expected, "{usage:02X} {extensions:02X?}");
+        }
+        assert_eq!(purpose(&certificate(&[extended(&[CLIENT])]).der), Purpose::Any);
+        assert_eq!(purpose(&certificate(&[]).der), Purpose::Any);
+        assert_eq!(purpose(b"rubbish"), Purpose::Any);
+    }
+
+    #[test]
+    fn odd_extensions_are_no_harm() {
+        let odd: (&[u8], bool, Vec<u8>) = (&[0x55, 0x1D, 0x25], true, vec![0xFF; 3]);
+        let odd_certificate = certificate(&[odd, key_usage(ENCIPHER)]);
+        assert_eq!(purpose(&odd_certificate.der), Purpose::Encrypt);
+        assert_eq!(common_name(&odd_certificate.der).as_deref(), Some("Jane"));
+        assert_eq!(common_name(b"rubbish"), None);
+    }
+
+    #[test]
+    fn certificates_go_where_their_usage_says_whatever_the_order() {
+        let certificates = [
+            certificate(&[]),
+            certificate(&[key_usage(ENCIPHER)]),
+            certificate(&[key_usage(SIGN), extended(&[CARD])]),
+            certificate(&[key_usage(ENCIPHER)]),
+            certificate(&[key_usage(SIGN)]),
+            certificate(&[key_usage(SIGN), extended(&[SMARTCARD_LOGON, CLIENT])]),
+        ];
+        let slots = assign(&certificates, &[]).unwrap();
+        let text: Vec<_> = slots.into_iter().map(|(slot, index)| format!("{slot}={index}")).collect();
+        assert_eq!(text, ["9a=5", "9c=0", "9d=1", "9e=2", "82=3", "83=4"]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_certificate_is_too_odd(at in 0_usize..200, byte in proptest::num::u8::ANY, cut in 0_usize..200) {
+            let mut der = certificate(&[key_usage(SIGN), extended(&[CLIENT, EMAIL, CARD])]).der;
+            let at = at % der.len();
+            der[at] = byte;
+            der.truncate(der.len() - cut % der.len());
+            let _ = (purpose(&der), common_name(&der));
+        }
     }
 }

@@ -93,10 +93,14 @@ fn unpadded(field: &[u8]) -> Option<Secret> {
     (!pin.is_empty() && !pin.contains(&0)).then(|| Secret::from(pin))
 }
 
-/// Two PINs in a row, the second of them new; `None` where either cannot be one.
-fn unpadded_pair(body: &[u8]) -> Option<(Secret, Secret)> {
-    let (old, new) = body.split_at_checked(PIN_FIELD)?;
-    Some((unpadded(old)?, unpadded(new)?))
+/// A PUK, which may be any eight bytes but those that fill up a PIN.
+fn puk(field: &[u8]) -> Option<Secret> {
+    (field != [0xFF; PIN_FIELD]).then(|| Secret::from(field))
+}
+
+/// The two fields of a command that compares one PIN or PUK and sets another; `None` for another length.
+fn two_fields(body: &[u8]) -> Option<(&[u8], &[u8])> {
+    body.split_at_checked(PIN_FIELD).filter(|(_, new)| new.len() == PIN_FIELD)
 }
 
 /// An FCI template with the application identifier and proprietary data (ISO/IEC 7816-4:2005 §5.3.3, tags 6F, 84, A5).

@@ -3,7 +3,7 @@
 use vscard_protocol::apdu::ins;
 use vscard_protocol::{Command, StatusWord};
 
-use crate::applet::{Outcome, PIN_FIELD, unpadded, unpadded_pair};
+use crate::applet::{Outcome, PIN_FIELD, puk, two_fields, unpadded};
 use crate::card::Work;
 
 /// Whether an instruction is one of them.
@@ -30,12 +30,11 @@ pub(crate) fn command(command: &Command, verified: bool) -> Outcome {
             },
         };
     }
-    if body.len() != 2 * PIN_FIELD {
-        return StatusWord::WRONG_LENGTH.into();
-    }
-    match (command.ins(), unpadded_pair(body)) {
-        (_, None) => StatusWord::INCORRECT_DATA.into(),
-        (ins::CHANGE_REFERENCE_DATA, Some((old, new))) => Work::Change { old, new }.into(),
-        (_, Some((puk, new))) => Work::Unblock { puk, new }.into(),
-    }
+    let Some((old, new)) = two_fields(body) else { return StatusWord::WRONG_LENGTH.into() };
+    let work = if command.ins() == ins::CHANGE_REFERENCE_DATA {
+        unpadded(old).zip(unpadded(new)).map(|(old, new)| Work::Change { old, new })
+    } else {
+        puk(old).zip(unpadded(new)).map(|(puk, new)| Work::Unblock { puk, new })
+    };
+    work.map_or(StatusWord::INCORRECT_DATA.into(), Outcome::from)
 }

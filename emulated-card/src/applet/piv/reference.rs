@@ -2,7 +2,7 @@
 
 use vscard_protocol::{Command, Secret, StatusWord};
 
-use crate::applet::{Outcome, PIN_FIELD, unpadded, unpadded_pair};
+use crate::applet::{Outcome, PIN_FIELD, puk, two_fields, unpadded};
 use crate::card::Work;
 
 /// Key references (SP 800-73-4 Part 1 table 4a). There is no global PIN (00).
@@ -32,25 +32,34 @@ pub(super) fn verify(command: &Command, verified: bool) -> Outcome {
 
 /// CHANGE REFERENCE DATA (SP 800-73-4 Part 2 §3.2.2), of PIN or PUK.
 pub(super) fn change(command: &Command) -> Outcome {
-    match (command.p1(), command.p2(), pair(command)) {
-        (0x00, PIN, Some((old, new))) => Work::Change { old, new }.into(),
-        (0x00, PUK, Some((old, new))) => Work::ChangePuk { old, new }.into(),
-        (0x00, PIN | PUK, None) => StatusWord::INCORRECT_DATA.into(),
-        (0x00, ..) => StatusWord::REFERENCE_NOT_FOUND.into(),
-        _ => StatusWord::INCORRECT_P1P2.into(),
-    }
+    let fields = two_fields(command.data());
+    let work = match (command.p1(), command.p2()) {
+        (0x00, PIN) => fields
+            .and_then(|(old, new)| unpadded(old).zip(new_pin(new)))
+            .map(|(old, new)| Work::Change { old, new }),
+        (0x00, PUK) => fields
+            .and_then(|(old, new)| puk(old).zip(puk(new)))
+            .map(|(old, new)| Work::ChangePuk { old, new }),
+        (0x00, _) => return StatusWord::REFERENCE_NOT_FOUND.into(),
+        _ => return StatusWord::INCORRECT_P1P2.into(),
+    };
+    work.map_or(StatusWord::INCORRECT_DATA.into(), Outcome::from)
 }
 
 /// RESET RETRY COUNTER (SP 800-73-4 Part 2 §3.2.3).
 pub(super) fn unblock(command: &Command) -> Outcome {
-    match (command.p1(), command.p2(), pair(command)) {
-        (0x00, PIN, Some((puk, new))) => Work::Unblock { puk, new }.into(),
-        (0x00, PIN, None) => StatusWord::INCORRECT_DATA.into(),
-        (0x00, ..) => StatusWord::REFERENCE_NOT_FOUND.into(),
+    match (command.p1(), command.p2()) {
+        (0x00, PIN) => two_fields(command.data())
+            .and_then(|(old, new)| puk(old).zip(new_pin(new)))
+            .map(|(puk, new)| Work::Unblock { puk, new })
+            .map_or(StatusWord::INCORRECT_DATA.into(), Outcome::from),
+        (0x00, _) => StatusWord::REFERENCE_NOT_FOUND.into(),
         _ => StatusWord::INCORRECT_P1P2.into(),
     }
 }
 
-fn pair(command: &Command) -> Option<(Secret, Secret)> {
-    unpadded_pair(command.data()).filter(|_| command.data().len() == 2 * PIN_FIELD)
+/// A PIN that is to be set: six to eight digits (SP 800-73-4 Part 2 §2.4.3). The one it replaces may be of another
+/// kind, as the host has it.
+fn new_pin(field: &[u8]) -> Option<Secret> {
+    unpadded(field).filter(|pin| pin.len() >= 6 && pin.expose().iter().all(u8::is_ascii_digit))
 }

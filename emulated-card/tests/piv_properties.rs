@@ -1,0 +1,188 @@
+//! What holds for any sequence of commands to a card with the PIV application.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
+mod common;
+
+use std::sync::Arc;
+
+use emulated_card::card::{Profile, Step};
+use emulated_card::keys::KeyStore;
+use emulated_card::pin::ReferenceData;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use vscard_protocol::{Command, Secret, StatusWord};
+
+use common::{PIN, SELECT_PIV, Store, VERIFY_PIV, keys, noise, pki_aid, send, transmit, try_card};
+
+const KEYS: &str = "9a:1024,9c:p256,9d:1024,9e:p256,82:p384";
+
+/// What makes GENERAL AUTHENTICATE work, whole or in a chain, and what nearly does.
+fn authenticate() -> impl Strategy<Value = Vec<Command>> {
+    let reference = prop::sample::select(vec![0x9A_u8, 0x9B, 0x9C, 0x9D, 0x9E, 0x82, 0x83]);
+    let algorithm = prop::sample::select(vec![0x00_u8, 0x06, 0x07, 0x11, 0x14]);
+    let body = prop_oneof![
+        Just([&[0x7C, 0x81, 0x85, 0x82, 0x00, 0x81, 0x81, 0x80][..], &[0x55; 128]].concat()),
+        Just([&[0x7C, 0x24, 0x81, 0x20][..], &[0x55; 32], &[0x82, 0x00]].concat()),
+        Just([&[0x7C, 0x45, 0x82, 0x00, 0x85, 0x41, 0x04][..], &[0x55; 64]].concat()),
+        Just([&[0x7C, 0x65, 0x82, 0x00, 0x85, 0x61, 0x04][..], &[0x55; 96]].concat()),
+        Just(vec![0x7C, 0x02, 0x81, 0x00]),
+        vec(any::<u8>(), 0..60),
+    ];
+    (algorithm, reference, body, prop::option::of(any::<prop::sample::Index>())).prop_map(
+        |(algorithm, reference, body, cut)| {
+            let build = |class, data: &[u8]| {
+                Command::build([class, 0x87, algorithm, reference], data, (class == 0).then_some(256))
+                    .unwrap()
+            };
+            match cut.filter(|_| !body.is_empty()) {
+                Some(cut) => {
+                    let (first, last) = body.split_at(cut.index(body.len()));
+                    vec![build(0x10, first), build(0x00, last)]
+                }
+                None => vec![build(0x00, &body)],
+            }
+        },
+    )
+}
+
+fn any_command() -> impl Strategy<Value = Vec<Command>> {
+    let ins = prop_oneof![
+        prop::sample::select(vec![0x20_u8, 0x24, 0x2C, 0x42, 0x84, 0x87, 0xA4, 0xC0, 0xCB]),
+        any::<u8>(),
+    ];
+    let class = prop_oneof![8 => Just(0_u8), 4 => Just(0x10), 1 => any::<u8>()];
+    let parameter = || prop_oneof![4 => Just(0_u8), 1 => Just(0x80), 1 => Just(0xFF), 1 => any::<u8>()];
+    let data = prop_oneof![
+        Just(vec![]),
+        Just(b"\x5C\x03\x5F\xC1\x09".to_vec()),
+        vec(any::<u8>(), 8..=8),
+        vec(any::<u8>(), 16..=16),
+        vec(any::<u8>(), 128..=128),
+        vec(any::<u8>(), 0..300),
+    ];
+    let le = prop_oneof![Just(None), Just(Some(256)), (1_u32..=255).prop_map(Some), Just(Some(65_536))];
+    let wild = (class, ins, parameter(), parameter(), data, le).prop_map(|(class, ins, p1, p2, data, le)| {
+        vec![Command::build([class, ins, p1, p2], &data, le).unwrap()]
+    });
+    let applications = vec![SELECT_PIV.to_vec(), common::select(&pki_aid(0)), common::select(&pki_aid(1))];
+    let select =
+        prop::sample::select(applications).prop_map(|command| vec![Command::parse(&command).unwrap()]);
+    prop_oneof![3 => wild, 1 => select, 3 => authenticate()]
+}
+
+/// Whether a command is a VERIFY that could succeed.
+fn is_right_pin(command: &Command) -> bool {
+    command.ins() == 0x20 && command.data().starts_with(PIN)
+}
+
+fn store() -> Store {
+    Store::of(keys(KEYS).1)
+}
+
+proptest! {
+    #[test]
+    fn no_command_uses_a_key_without_a_pin(commands in vec(any_command(), 1..60), dual in any::<bool>()) {
+        let store = store();
+        let seen = Arc::clone(&store.seen);
+        let profile = if dual { Profile::Dual } else { Profile::Piv };
+        let mut card = try_card(store, ReferenceData::in_memory(3), profile, keys(KEYS).0).unwrap();
+        for command in commands.iter().flatten().filter(|command| !is_right_pin(command)) {
+            let response = transmit(&mut card, command);
+            prop_assert!(response.data().len() <= command.le().unwrap_or(0));
+            prop_assert_eq!(seen.operations(), 0);
+        }
+    }
+
+    #[test]
+    fn where_the_store_is_open_only_the_card_authentication_key_works(commands in vec(any_command(), 1..60)) {
+        let store = store();
+        let seen = Arc::clone(&store.seen);
+        let reference = ReferenceData::any(Secret::from(PIN));
+        let mut card = try_card(store, reference, Profile::Piv, keys(KEYS).0).unwrap();
+        for command in commands.iter().flatten().filter(|command| command.ins() != 0x20) {
+            let before = seen.operations();
+            transmit(&mut card, command);
+            if seen.operations() > before {
+                prop_assert_eq!((command.ins(), command.p2()), (0x87, 0x9E));
+            }
+            prop_assert_eq!(seen.live_logins(), 0);
+        }
+    }
+
+    /// However often the PIN is verified, the signature key is used at most that often.
+    #[test]
+    fn the_signature_key_never_works_twice(
+        commands in vec(prop_oneof![
+            2 => authenticate(),
+            1 => Just(vec![Command::parse(VERIFY_PIV).unwrap()]),
+        ], 1..40),
+    ) {
+        let store = store();
+        let seen = Arc::clone(&store.seen);
+        let mut card = try_card(store, ReferenceData::in_memory(3), Profile::Piv, keys(KEYS).0).unwrap();
+        let mut may = false;
+        for command in commands.iter().flatten() {
+            let before = seen.operations();
+            transmit(&mut card, command);
+            if command.ins() == 0x20 {
+                may = true;
+            } else if command.p2() == 0x9C && command.cla() == 0 {
+                prop_assert!(may || seen.operations() == before);
+                may = false;
+            }
+        }
+    }
+
+    #[test]
+    fn reset_clears_everything(commands in vec(any_command(), 1..30), finished in any::<bool>()) {
+        let store = store();
+        let seen = Arc::clone(&store.seen);
+        let slots = keys(KEYS).0;
+        prop_assert_eq!(slots.len(), store.certificates().len());
+        let mut card = try_card(store, ReferenceData::in_memory(3), Profile::Dual, slots).unwrap();
+        send(&mut card, VERIFY_PIV);
+        for command in commands.iter().flatten() {
+            match card.command(command) {
+                Step::Answer(_) => {}
+                Step::Work(job) if finished => drop(card.finish(job.run())),
+                Step::Work(job) => drop(job),
+            }
+        }
+        card.reset();
+        prop_assert_eq!(seen.live_logins(), 0);
+        prop_assert_eq!(send(&mut card, &[0x00, 0xC0, 0x00, 0x00, 0x00]).status().0, 0x6985);
+        let discovery = send(&mut card, b"\x00\xCB\x3F\xFF\x03\x5C\x01\x7E\x00");
+        prop_assert_eq!((discovery.data().len(), discovery.status()), (20, StatusWord::SUCCESS));
+        let status = send(&mut card, &[0x00, 0x20, 0x00, 0x80]).status();
+        prop_assert!(matches!(status.0, 0x63C1..=0x63C3 | 0x6983), "{status}");
+        let operations = seen.operations();
+        let sign = [b"\x00\x87\x06\x9A\x88\x7C\x81\x85\x82\x00\x81\x81\x80", &[0x55; 128][..], b"\x00"].concat();
+        prop_assert_eq!(send(&mut card, &sign).status(), StatusWord::SECURITY_STATUS_NOT_SATISFIED);
+        prop_assert_eq!(seen.operations(), operations);
+    }
+
+    #[test]
+    fn chains_may_be_cut_anywhere(cuts in vec(0_usize..=264, 0..6), seed in any::<u32>()) {
+        let (slots, certificates) = keys("9d:2048");
+        let mut card =
+            try_card(Store::of(certificates), ReferenceData::in_memory(3), Profile::Piv, slots).unwrap();
+        send(&mut card, VERIFY_PIV);
+        let block = noise(256, seed);
+        let result: Vec<u8> = block.iter().rev().copied().collect();
+        let request = [b"\x7C\x82\x01\x06\x82\x00\x81\x82\x01\x00", &block[..]].concat();
+        let mut ends = cuts;
+        ends.sort_unstable();
+        let mut from = 0;
+        for end in ends {
+            let piece = Command::build([0x10, 0x87, 0x07, 0x9D], &request[from..end], None).unwrap();
+            let response = transmit(&mut card, &piece);
+            prop_assert_eq!((response.data(), response.status()), (&[][..], StatusWord::SUCCESS));
+            from = end;
+        }
+        let last = Command::build([0x00, 0x87, 0x07, 0x9D], &request[from..], Some(65_536)).unwrap();
+        let response = transmit(&mut card, &last);
+        let expected = [b"\x7C\x82\x01\x04\x82\x82\x01\x00", &result[..]].concat();
+        prop_assert_eq!((response.data(), response.status()), (&expected[..], StatusWord::SUCCESS));
+    }
+}
