@@ -10,8 +10,7 @@ use emulated_card::pcsc::PcscConfig;
 use emulated_card::setup::{CardSetup, Keys, OpenCard, RawSetup, SetupError, Wanted};
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
-use crate::card_directory::CardDirectory;
-use crate::new_card::NewCard;
+use crate::new_card::{CardDirectory, NewCard};
 use crate::{legacy, vpcd};
 
 const LONG_ABOUT: &str = "\

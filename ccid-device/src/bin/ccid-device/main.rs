@@ -13,7 +13,7 @@ use std::sync::Arc;
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
-use emulated_card::certificates::OpenCard;
+use emulated_card::setup::{OpenCard, SetupError};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc};
@@ -37,8 +37,14 @@ Readers:  --reader usbredir,[OPTIONS,]ENDPOINT   for QEMU's usb-redir
           --reader usbip,[OPTIONS,]ENDPOINT      for USB/IP; readers with the same endpoint share a server
           options: slots=1..16 or interfaces=1..7, speed=full|high, id=VENDOR:PRODUCT, serial=, product=,
           manufacturer=, max-message=271..65554
-Cards:    --card cert,db=sql:DIR,cert=NAME[,cert=NAME...][,card-name=][,pin-file=][,password-file=][,no-pin]
-                 [,forget-pin=SECONDS]           certificates of an NSS database; also host-certificates
+Cards:    --card cert,db=sql:DIR,cert=NAME[,cert=SLOT=NAME...]    certificates of an NSS database; also
+                                                 host-certificates
+          --card cert,pem=CERT,,KEY[,pem=...][,p12=FILE]   certificates and keys in files
+                 both with [,profile=piv|cac|dual][,card-name=][,pin-file=][,puk-file=][,password-file=][,no-pin]
+                 [,forget-pin=SECONDS][,keep-tries=N]
+          --card host[,module=FILE...][,db=DIR][,token=LABEL][,cert=SLOT=NAME]   the keys of a PKCS#11 token
+                 with [,profile=][,card-name=][,forget-pin=][,keep-tries=]
+          --card pcsc[,name=READER][,exclusive][,keep-tries=N]   the card in a reader of this host, as it is
           --card passthru,[deadline=SECONDS,]ENDPOINT   a card that a vscclient brings; also passthrough
           reader=N,slot=M say where it goes; by default the next free slot of reader 0
 Endpoints: unix:PATH, unix-listen:PATH, tcp:HOST:PORT, tcp-listen:HOST:PORT. They come last. A comma in a value is
@@ -65,7 +71,7 @@ Control socket: one JSON object a line, as in QMP: query-readers, insert, remove
 Exit status:
   0  ended by SIGTERM, SIGINT or quit, the readers unplugged
   2  the command line is wrong
-  3  a card cannot be made: database, certificate, PIN or state
+  3  a card cannot be made: keys, certificate, PIN or state
   5  an endpoint cannot be used";
 
 /// USB smartcard readers for virtual machines, with cards in them
@@ -235,13 +241,10 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         for (slot, card) in cards.into_iter().enumerate() {
             let source: Option<Arc<dyn CardSource>> = match card {
                 None => None,
-                Some(CardKind::Certificates(certificates)) => {
-                    let card = certificates.open().map_err(|error| Failure::new(NO_CARD, error))?;
-                    card.slot.insert();
-                    let source = card.slot.clone();
-                    kept.push(card);
-                    Some(source)
+                Some(CardKind::Certificates(setup) | CardKind::Token(setup)) => {
+                    Some(keep(&mut kept, setup.open())?)
                 }
+                Some(CardKind::Raw(setup)) => Some(keep(&mut kept, setup.open())?),
                 Some(CardKind::Passthru { deadline, endpoint }) => {
                     let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
                     let (card, serve) = PassthruCard::new(channel, deadline);
@@ -316,6 +319,20 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     }
     drop(kept);
     ended
+}
+
+/// Inserts a card of ours, and keeps its claim.
+fn keep(
+    kept: &mut Vec<OpenCard>,
+    card: Result<OpenCard, SetupError>,
+) -> Result<Arc<dyn CardSource>, Failure> {
+    let card = card.map_err(|error| Failure::new(NO_CARD, error))?;
+    if let Some(slot) = &card.slot {
+        slot.insert();
+    }
+    let source = card.source.clone();
+    kept.push(card);
+    Ok(source)
 }
 
 /// A carrier for each reader, in order. USB/IP readers with the same endpoint share a server.

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ccid_device::{DeviceConfig, Layout, Speed};
-use emulated_card::certificates::CertificateCard;
+use emulated_card::keys::pem::PemSource;
+use emulated_card::pcsc::PcscConfig;
+use emulated_card::setup::{CardSetup, Keys, RawSetup, Wanted};
 use vscard_protocol::chardev::Endpoint;
 
 /// `usbredir,...` or `usbip,...`.
@@ -19,7 +21,7 @@ pub(crate) struct ReaderSpec {
     pub(crate) endpoint: Endpoint,
 }
 
-/// `cert,...` or `passthru,...`.
+/// `cert,...`, `host,...`, `pcsc,...` or `passthru,...`.
 #[derive(Clone, Debug)]
 pub(crate) struct CardSpec {
     pub(crate) kind: CardKind,
@@ -29,7 +31,9 @@ pub(crate) struct CardSpec {
 
 #[derive(Clone, Debug)]
 pub(crate) enum CardKind {
-    Certificates(Box<CertificateCard>),
+    Certificates(Box<CardSetup>),
+    Token(Box<CardSetup>),
+    Raw(RawSetup),
     Passthru { deadline: Duration, endpoint: Endpoint },
 }
 
@@ -37,6 +41,8 @@ impl CardKind {
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Certificates(_) => "cert",
+            Self::Token(_) => "host",
+            Self::Raw(_) => "pcsc",
             Self::Passthru { .. } => "passthru",
         }
     }
@@ -170,17 +176,17 @@ impl std::str::FromStr for CardSpec {
             }
         }
         let kind = match kind.as_str() {
-            "cert" | "host-certificates" => {
-                if endpoint.is_some() {
-                    return Err("a card of certificates has no endpoint".into());
-                }
-                CardKind::Certificates(Box::new(certificates(rest)?))
+            "cert" | "host-certificates" | "host" | "pcsc" if endpoint.is_some() => {
+                return Err(format!("a card of kind {kind} has no endpoint"));
             }
+            "cert" | "host-certificates" => CardKind::Certificates(Box::new(certificates(rest)?)),
+            "host" => CardKind::Token(Box::new(token(rest)?)),
+            "pcsc" => CardKind::Raw(raw(rest)?),
             "passthru" | "passthrough" => passthru(rest, endpoint)?,
-            "host" => return Err("hardware tokens (kind host) are not served yet".into()),
             other => {
                 return Err(format!(
-                    "unknown kind {other:?}; there are cert (host-certificates) and passthru (passthrough)"
+                    "unknown kind {other:?}; there are cert (host-certificates), host, pcsc and passthru \
+                     (passthrough)"
                 ));
             }
         };
@@ -188,34 +194,104 @@ impl std::str::FromStr for CardSpec {
     }
 }
 
-fn certificates(options: Vec<(String, Option<String>)>) -> Result<CertificateCard, String> {
-    let mut card = CertificateCard { db: "/etc/pki/nssdb".into(), ..CertificateCard::default() };
+/// What all cards of ours have. Gives back what it does not know.
+fn common(card: &mut CardSetup, key: &str, text: Option<String>) -> Result<Option<Option<String>>, String> {
+    match key {
+        // Nothing is written that cannot be parsed.
+        "cert" => card.certificates.extend(value(key, text)?.parse::<Wanted>()),
+        "card-name" => card.card_name = value(key, text)?,
+        "profile" => card.profile = value(key, text)?.parse().map_err(|error| format!("{key}: {error}"))?,
+        "forget-pin" => card.forget_pin = Some(Duration::from_secs(number(key, text, "seconds")?)),
+        "keep-tries" => card.keep_tries = Some(keep_tries(key, text)?),
+        _ => return Ok(Some(text)),
+    }
+    Ok(None)
+}
+
+fn keep_tries(key: &str, text: Option<String>) -> Result<u8, String> {
+    number(key, text, "0 to 15").and_then(|keep| match keep {
+        0..=15 => Ok(keep),
+        _ => Err(format!("{key}={keep} is not within 0 to 15")),
+    })
+}
+
+fn certificates(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
+    let mut card = CardSetup::default();
+    let (mut db, mut files) = (None, Vec::new());
     for (key, text) in options {
+        let Some(text) = common(&mut card, &key, text)? else { continue };
         match key.as_str() {
-            "db" => card.db = value(&key, text)?,
-            "cert" => card.certificates.push(value(&key, text)?),
-            "card-name" => card.card_name = value(&key, text)?,
+            "db" => db = Some(value(&key, text)?),
+            "pem" => {
+                files.push(PemSource::pem_option(&value(&key, text)?).map_err(|error| error.to_string())?);
+            }
+            "p12" => files.push(PemSource::Pkcs12(value(&key, text)?.into())),
             "pin-file" => card.pin_file = Some(PathBuf::from(value(&key, text)?)),
+            "puk-file" => card.puk_file = Some(PathBuf::from(value(&key, text)?)),
             "password-file" => card.password_file = Some(PathBuf::from(value(&key, text)?)),
             "no-pin" if text.is_none() => card.no_pin = true,
-            "forget-pin" => {
-                card.forget_pin = Some(Duration::from_secs(number(&key, text, "seconds")?));
-            }
             other => {
                 return Err(format!(
-                    "unknown option {other:?}; there are db, cert, card-name, pin-file, password-file, no-pin, \
-                     forget-pin, reader and slot"
+                    "unknown option {other:?}; there are db, cert, pem, p12, profile, card-name, pin-file, puk-file, \
+                     password-file, no-pin, forget-pin, keep-tries, reader and slot"
                 ));
             }
         }
     }
-    if card.certificates.is_empty() {
-        return Err("no certificate is named: cert=NAME, once for each of 1 to 10".into());
+    match (db, files.is_empty()) {
+        (Some(_), false) => return Err("db does not go with pem or p12".into()),
+        (_, false) => card.keys = Keys::Files(files),
+        (_, true) if card.certificates.is_empty() => {
+            return Err("no certificate is named: cert=NAME, once for each".into());
+        }
+        (Some(db), true) => card.keys = Keys::Database(db),
+        (None, true) => {}
     }
     if card.no_pin && card.pin_file.is_some() {
         return Err("no-pin and pin-file exclude each other".into());
     }
     Ok(card)
+}
+
+fn token(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
+    let mut card = CardSetup::default();
+    let (mut modules, mut db, mut token) = (Vec::new(), None, None);
+    for (key, text) in options {
+        let Some(text) = common(&mut card, &key, text)? else { continue };
+        match key.as_str() {
+            "module" => modules.push(PathBuf::from(value(&key, text)?)),
+            "db" => db = Some(value(&key, text)?),
+            "token" => token = Some(value(&key, text)?),
+            other => {
+                return Err(format!(
+                    "unknown option {other:?}; there are module, db, token, cert, profile, card-name, forget-pin, \
+                     keep-tries, reader and slot"
+                ));
+            }
+        }
+    }
+    if modules.is_empty() && db.is_none() {
+        db = Some("/etc/pki/nssdb".into());
+    }
+    card.keys = Keys::Token { modules, db, token };
+    Ok(card)
+}
+
+fn raw(options: Vec<(String, Option<String>)>) -> Result<RawSetup, String> {
+    let mut raw = RawSetup { config: PcscConfig::default(), keep_tries: None };
+    for (key, text) in options {
+        match key.as_str() {
+            "name" => raw.config.reader = value(&key, text)?,
+            "exclusive" if text.is_none() => raw.config.exclusive = true,
+            "keep-tries" => raw.keep_tries = Some(keep_tries(&key, text)?),
+            other => {
+                return Err(format!(
+                    "unknown option {other:?}; there are name, exclusive, keep-tries, reader and slot"
+                ));
+            }
+        }
+    }
+    Ok(raw)
 }
 
 fn passthru(options: Vec<(String, Option<String>)>, endpoint: Option<Endpoint>) -> Result<CardKind, String> {

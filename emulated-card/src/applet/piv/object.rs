@@ -128,7 +128,7 @@ fn capabilities(id: &CardId) -> Vec<u8> {
 
 /// What would be printed on the card.
 fn printed_information(holder: &str, id: &CardId) -> Vec<u8> {
-    let serial: String = guid(id)[..10].iter().map(|byte| format!("{byte:02X}")).collect();
+    let serial: String = id.guid()[..10].iter().map(|byte| format!("{byte:02X}")).collect();
     // A field of 125 bytes, and no character cut in two.
     let fits = (0..=holder.len().min(125)).rev().find(|end| holder.is_char_boundary(*end));
     let name = &holder[..fits.unwrap_or(0)];
