@@ -86,8 +86,9 @@ pub struct CardSetup {
     pub forget_pin: Option<Duration>,
     /// Tries of the PIN that the guest cannot use; by default 1 for a token, and 0 for others.
     pub keep_tries: Option<u8>,
-    /// Where its state is kept, if not with the user's other cards.
-    pub state: Option<PathBuf>,
+    /// Where its state is kept, if not with the user's other cards, and under which name instead of the path of its
+    /// keys.
+    pub state: Option<(StateDirectory, PathBuf)>,
     /// What stands before an option's name where the user writes it: `--` or nothing.
     pub prefix: &'static str,
 }
@@ -307,10 +308,18 @@ impl CardSetup {
     }
 
     fn state_directory(&self) -> Result<StateDirectory, StateError> {
-        self.state.as_ref().map_or_else(StateDirectory::of_user, |path| Ok(StateDirectory::at(path)))
+        self.state.as_ref().map_or_else(StateDirectory::of_user, |(directory, _)| Ok(directory.clone()))
     }
 
     fn open_store(&self) -> Result<Opened, SetupError> {
+        let mut opened = self.open_keys()?;
+        if let Some((_, name)) = &self.state {
+            opened.place.clone_from(name);
+        }
+        Ok(opened)
+    }
+
+    fn open_keys(&self) -> Result<Opened, SetupError> {
         match &self.keys {
             Keys::Database(db) => {
                 let names: Vec<_> = self.certificates.iter().map(|wanted| wanted.name.clone()).collect();

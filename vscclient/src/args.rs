@@ -160,8 +160,7 @@ pub(crate) struct Directory {
 impl Directory {
     pub(crate) fn card(&self) -> Result<CardSpec, String> {
         let directory = CardDirectory::open(&self.directory).map_err(|error| error.to_string())?;
-        let setup = directory.setup();
-        Ok(CardSpec { reader: reader_name(&setup.card_name), card: Wish::Made(setup) })
+        Ok(CardSpec { reader: directory.name().to_owned(), card: Wish::Made(Box::new(directory.setup())) })
     }
 }
 
@@ -215,7 +214,7 @@ pub(crate) struct CardSpec {
 /// A card that is to be made, or one that is there.
 #[derive(Debug)]
 pub(crate) enum Wish {
-    Made(CardSetup),
+    Made(Box<CardSetup>),
     Raw(RawSetup),
 }
 
@@ -263,6 +262,10 @@ impl Serve {
             let raw = RawSetup { config, keep_tries: self.keep_tries };
             return Ok(CardSpec { card: Wish::Raw(raw), reader: reader_name("") });
         }
+        if self.exclusive {
+            // clap lets it pass beside options that --pcsc excludes.
+            return Err("--exclusive goes with --pcsc".into());
+        }
         let mut setup = std::mem::take(&mut self.card).setup();
         let mut reader = reader_name(&setup.card_name);
         setup.profile = self.profile;
@@ -306,7 +309,7 @@ impl Serve {
         if matches!(setup.keys, Keys::Database(_)) && setup.certificates.is_empty() {
             return Err("no certificate is named; add --cert NAME, once for each".into());
         }
-        Ok(CardSpec { card: Wish::Made(setup), reader })
+        Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader })
     }
 }
 
@@ -352,39 +355,81 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    #[test]
-    fn new_and_old_forms_mean_the_same_card() {
-        let mut new = serve(&["--db", "sql:/d", "--cert", "a", "--cert", "b", "tcp:localhost:2001"]);
-        let mut old =
-            serve(&["-e", "db=\"sql:/d\" use_hw=no soft=(,Virtual Reader,CAC,,a,b)", "localhost", "2001"]);
-        let mut mixed = serve(&["-e", "db=\"sql:/d\" use_hw=no", "-c", "a", "-c", "b", "localhost", "2001"]);
-        assert_eq!(new.endpoint(), old.endpoint());
-        for form in [&mut new, &mut old, &mut mixed] {
-            let CardSpec { card, reader } = form.card().unwrap();
-            assert_eq!((card.db.as_str(), reader.as_str()), ("sql:/d", "Virtual Reader"));
-            assert_eq!(card.certificates, ["a", "b"]);
+    fn made(args: &[&str]) -> (CardSetup, String) {
+        match serve(args).card().unwrap() {
+            CardSpec { card: Wish::Made(setup), reader } => (*setup, reader),
+            other => panic!("{other:?}"),
         }
-        assert_eq!(serve(&["-c", "a", "host", "1"]).card().unwrap().card.db, "/etc/pki/nssdb");
-        assert_eq!(serve(&["-d", "x", "-c", "a", "host", "1"]).debug_level(), 1);
+    }
+
+    fn database(setup: &CardSetup) -> (&str, Vec<&str>) {
+        let Keys::Database(db) = &setup.keys else { panic!("{:?}", setup.keys) };
+        (db, setup.certificates.iter().map(|wanted| wanted.name.as_str()).collect())
+    }
+
+    #[test]
+    fn new_and_old_forms_mean_the_same_keys() {
+        let new = ["--db", "sql:/d", "--cert", "a", "--cert", "b", "tcp:localhost:2001"];
+        let old = ["-e", "db=\"sql:/d\" use_hw=no soft=(,Virtual Reader,CAC,,a,b)", "localhost", "2001"];
+        let mixed = ["-e", "db=\"sql:/d\" use_hw=no", "-c", "a", "-c", "b", "localhost", "2001"];
+        assert_eq!(serve(&new).connection.endpoint(), serve(&old).connection.endpoint());
+        for (form, profile) in [(&new[..], Profile::Dual), (&old, Profile::Cac), (&mixed, Profile::Cac)] {
+            let (setup, reader) = made(form);
+            assert_eq!(database(&setup), ("sql:/d", vec!["a", "b"]));
+            assert_eq!((setup.profile, reader.as_str()), (profile, "Virtual Reader"));
+        }
+        assert_eq!(database(&made(&["-c", "a", "host", "1"]).0).0, "/etc/pki/nssdb");
+        assert_eq!(serve(&["-d", "x", "-c", "a", "host", "1"]).connection.debug_level(), 1);
+    }
+
+    #[test]
+    fn each_source_of_keys() {
+        let (setup, _) = made(&["--pem", "a.crt,a.key", "--p12", "b.p12", "--cert", "9e=a", "unix:/x"]);
+        assert!(matches!(&setup.keys, Keys::Files(files) if files.len() == 2));
+        assert_eq!(setup.certificates[0].slot.map(|slot| slot.to_string()).as_deref(), Some("9e"));
+        let (setup, _) = made(&["--module", "/m.so", "unix:/x"]);
+        assert!(matches!(&setup.keys, Keys::Token { modules, db: None, token: None } if modules.len() == 1));
+        let (setup, _) = made(&["--token", "mine", "unix:/x"]);
+        assert!(matches!(&setup.keys, Keys::Token { db: Some(db), .. } if db == "/etc/pki/nssdb"));
+        let (setup, _) = made(&["-e", "db=\"/d\"", "h", "1"]);
+        assert!(matches!(&setup.keys, Keys::Token { db: Some(db), .. } if db == "/d"));
+        let raw = serve(&["--pcsc", "Yubico*", "--keep-tries", "2", "unix:/x"]).card().unwrap();
+        assert!(matches!(raw.card, Wish::Raw(raw) if raw.keep_tries == Some(2)));
+        for wrong in [
+            &["--pcsc", "", "--cert", "a", "unix:/x"][..],
+            &["--db", "/d", "--pem", "a", "unix:/x"],
+            &["--profile", "openpgp", "--cert", "a", "unix:/x"],
+        ] {
+            assert!(Cli::try_parse_from([&["vscclient"], wrong].concat()).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]
     fn what_cannot_be_served_is_said() {
         let error = |args: &[&str]| serve(args).card().unwrap_err();
         assert!(error(&["unix:/x"]).contains("add --cert"));
-        assert!(error(&["-e", "db=\"/d\"", "h", "1"]).contains("hardware tokens are not served"));
+        assert!(error(&["--exclusive", "--cert", "a", "unix:/x"]).contains("--pcsc"));
         assert!(error(&["-e", "use_hw=maybe", "h", "1"]).contains("use_hw=maybe"));
+        assert!(error(&["-e", "db=\"/d\" use_hw=no", "h", "1"]).contains("no certificate is named"));
         assert!(
             error(&["-e", "soft=(,A,CAC,,a) soft=(,B,CAC,,b)", "h", "1"]).contains("2 readers are asked for")
         );
-        assert!(serve(&["-c", "a", "nowhere"]).endpoint().unwrap_err().contains("expected unix:PATH"));
+        let endpoint = serve(&["-c", "a", "nowhere"]).connection.endpoint();
+        assert!(endpoint.unwrap_err().contains("expected unix:PATH"));
     }
 
     #[test]
-    fn unlock_needs_no_endpoint() {
+    fn commands_stand_alone() {
         let cli = Cli::try_parse_from(["vscclient", "unlock", "--db", "/d"]).unwrap();
         let Some(Command::Unlock(unlock)) = cli.command else { panic!("no command") };
-        assert_eq!(unlock.card.spec().card.db, "/d");
+        assert_eq!(database(&unlock.card.setup()).0, "/d");
+        let cli = Cli::try_parse_from(["vscclient", "card", "jane", "localhost", "2001"]).unwrap();
+        let Some(Command::Card(card)) = cli.command else { panic!("no command") };
+        assert_eq!(card.directory.to_str(), Some("jane"));
+        assert_eq!(
+            card.connection.endpoint().map(|endpoint| endpoint.to_string()),
+            Ok("tcp:localhost:2001".into())
+        );
         assert!(Cli::try_parse_from(["vscclient", "--cert", "a"]).is_err());
     }
 }

@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Some(Command::Unlock(unlock)) => done(unlock.run()),
-        Some(Command::NewCard(new)) => done(new.run()),
+        Some(Command::NewCard(new)) => done(new.run().map_err(|error| error.to_string())),
         Some(Command::Card(directory)) => match directory.card() {
             Ok(spec) => serve(&spec, &directory.connection),
             Err(error) => fail(NO_CARD, &error),

@@ -333,10 +333,17 @@ mod tests {
         assert_eq!((reader.config.layout, reader.config.speed), (Layout::Slots(4), Speed::Full));
         let card: CardSpec = "cert,db=sql:/d,,x,cert=a,cert=b,slot=2".parse().unwrap();
         let CardKind::Certificates(certificates) = card.kind else { panic!("kind") };
-        assert_eq!(
-            (certificates.db.as_str(), &certificates.certificates[..]),
-            ("sql:/d,x", &["a".into(), "b".into()][..])
-        );
+        assert!(matches!(&certificates.keys, Keys::Database(db) if db == "sql:/d,x"));
+        let names: Vec<_> = certificates.certificates.iter().map(|wanted| wanted.name.as_str()).collect();
+        assert_eq!(names, ["a", "b"]);
+        let card: CardSpec = "host-certificates,pem=a.crt,,a.key,cert=9e=a,profile=piv".parse().unwrap();
+        let CardKind::Certificates(files) = card.kind else { panic!("kind") };
+        assert!(matches!(&files.keys, Keys::Files(files) if files.len() == 1));
+        let card: CardSpec = "host,module=/m.so,token=mine".parse().unwrap();
+        let CardKind::Token(token) = card.kind else { panic!("kind") };
+        assert!(matches!(&token.keys, Keys::Token { db: None, .. }));
+        let card: CardSpec = "pcsc,name=Yubico*,exclusive,reader=1".parse().unwrap();
+        assert!(matches!(card.kind, CardKind::Raw(raw) if raw.config.exclusive));
         assert_eq!((card.reader, card.slot), (0, Some(2)));
         let card: CardSpec = "passthrough,deadline=5,reader=1,unix-listen:/run/a,,b.sock".parse().unwrap();
         let CardKind::Passthru { deadline, endpoint } = card.kind else { panic!("kind") };
@@ -354,7 +361,9 @@ mod tests {
         assert!(reader("usbredir,colour=red,unix:/x").contains("unknown option \"colour\""));
         let card = |text: &str| text.parse::<CardSpec>().unwrap_err();
         assert!(card("cert,db=/d").contains("cert=NAME"));
-        assert!(card("host").contains("not served yet"));
+        assert!(card("host,pin-file=x").contains("unknown option \"pin-file\""));
+        assert!(card("cert,db=/d,pem=a").contains("db does not go with pem"));
+        assert!(card("pcsc,keep-tries=16").contains("0 to 15"));
         assert!(card("passthru,deadline=0,unix:/x").contains("1 to 3600"));
         assert!(card("passthru,deadline=3").contains("endpoint is missing"));
         assert!(card("cert,cert=a,unix:/x").contains("no endpoint"));
