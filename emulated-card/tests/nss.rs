@@ -510,7 +510,7 @@ fn a_private_key_that_is_gone_is_named_at_unlock() {
     assert_eq!(unlock(&store, "wrong").err(), Some(UnlockError::Wrong));
     let error = unlock(&store, PASSWORD).err().unwrap();
     let UnlockError::NotChecked(reason) = &error else { panic!("{error}") };
-    assert!(reason.contains("no private key for certificate \"one\""), "{reason}");
+    assert!(reason.contains("there is no private key for certificate \"one\""), "{reason}");
 }
 
 #[test]
