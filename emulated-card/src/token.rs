@@ -16,7 +16,7 @@ use vscard_protocol::{Card, CardError, CardSource, Presence, PresenceWatch};
 use crate::card::EmulatedCard;
 use crate::keys::nss::token::{Module, Token, TokenError, TokenStore, TokenWatch, ring};
 use crate::shell::CardSlot;
-use crate::state::StateDirectory;
+use crate::state::{StateDirectory, TokenClaim};
 
 /// Makes a card of a token's store, at each insertion.
 pub type Make =
@@ -61,6 +61,9 @@ struct Shared {
 struct Current {
     inserted: Option<Inserted>,
     insertions: u64,
+    /// The claim on the token that was in last, and its name. It is kept while the token is out, and shared by the
+    /// stores of its insertions: a removed one may still be at work.
+    claim: Option<(String, Arc<TokenClaim>)>,
 }
 
 struct Inserted {
@@ -75,7 +78,7 @@ impl TokenCard {
     /// A card on the token with that label or serial number; without one, on the only token that wants a login.
     ///
     /// The token may come later. One that comes and is not usable, or is another card's, is warned of and left
-    /// alone until it is put in again. `forget_pin` is as for [`CardSlot::forget_pin`].
+    /// alone until it is put in again. A token that is out stays this card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
     ///
     /// # Errors
     /// [`TokenCardError`] about the token that is in now.
@@ -192,8 +195,21 @@ impl Shared {
         }
     }
 
+    fn claim(&self, token: &Token) -> Result<Arc<TokenClaim>, TokenCardError> {
+        let name = token.name();
+        let mut current = self.lock();
+        match &current.claim {
+            Some((claimed, claim)) if *claimed == name => Ok(Arc::clone(claim)),
+            _ => {
+                let claim = Arc::new(self.directory.claim_token(&name).map_err(TokenError::from)?);
+                current.claim = Some((name, Arc::clone(&claim)));
+                Ok(claim)
+            }
+        }
+    }
+
     fn insert(&self, token: &Token) -> Result<(), TokenCardError> {
-        let store = Arc::new(TokenStore::open(token, &self.directory)?);
+        let store = Arc::new(TokenStore::open_claimed(token, self.claim(token)?)?);
         let card = (self.make)(store).map_err(TokenCardError::Card)?;
         let slot = CardSlot::new(card)?;
         slot.forget_pin(self.forget_pin);

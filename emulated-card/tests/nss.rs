@@ -466,6 +466,26 @@ fn ec_operations_use_a_copy_in_memory_and_end_with_the_login() {
 }
 
 #[test]
+fn the_public_key_under_an_id_must_be_the_certificate_s() {
+    let root = TempDir::new().unwrap();
+    let mut maker = Maker::new(root.path(), "db", PASSWORD);
+    maker.sign("key", &["-k", "ec", "-q", "nistp256"]);
+    let point = {
+        let store = open(&maker.url(), &["key"]).unwrap();
+        let public_key = &store.certificates()[0].public_key;
+        public_key[public_key.len() - 65..].to_vec()
+    };
+    // CKA_EC_POINT is an OCTET STRING; in the certificate the point is in a BIT STRING.
+    let object = [&[0x04, 0x41], &point[..]].concat();
+    let mut content = fs::read(maker.file("cert9.db")).unwrap();
+    let at = (0..content.len()).find(|&at| content[at..].starts_with(&object)).unwrap();
+    content[at + 10] ^= 1;
+    fs::write(maker.file("cert9.db"), content).unwrap();
+    let error = open(&maker.url(), &["key"]).unwrap_err();
+    assert!(matches!(error, OpenError::AnothersKey { .. }), "{error}");
+}
+
+#[test]
 fn as_many_certificates_as_a_piv_card_has_keys() {
     let root = TempDir::new().unwrap();
     let mut maker = Maker::new(root.path(), "db", PASSWORD);
@@ -510,7 +530,7 @@ fn a_private_key_that_is_gone_is_named_at_unlock() {
     assert_eq!(unlock(&store, "wrong").err(), Some(UnlockError::Wrong));
     let error = unlock(&store, PASSWORD).err().unwrap();
     let UnlockError::NotChecked(reason) = &error else { panic!("{error}") };
-    assert!(reason.contains("no private key for certificate \"one\""), "{reason}");
+    assert!(reason.contains("there is no private key for certificate \"one\""), "{reason}");
 }
 
 #[test]

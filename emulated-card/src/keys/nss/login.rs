@@ -161,34 +161,44 @@ impl Keys {
         current.generation += 1;
     }
 
+    /// A key that a token should have and has not is missed when it is used: nobody asked for it by name.
     fn find(&self, wanted: &WantedKey) -> Result<Option<LoginKey>, String> {
-        let WantedKey { name, id, public } = wanted;
-        let failed = |error: NssError| format!("the private key of certificate {name:?}: {error}");
         let window = match &self.place {
             Place::Database => None,
             Place::Token { window, .. } => Some(window),
         };
-        let Some(key) = PrivateKey::find(&self.slot, id, window).map_err(failed)? else {
-            return match self.place {
-                Place::Database => Err(format!("the database has no private key for certificate {name:?}")),
-                Place::Token { .. } => {
-                    tracing::warn!("the token has no private key for certificate {name:?}");
-                    Ok(None)
-                }
-            };
-        };
-        // The private key of an EC pair tells nothing of the public one; what there is of that was looked at.
+        match self.find_own(wanted, window) {
+            Err(reason) if window.is_some() => {
+                tracing::warn!("{reason}");
+                Ok(None)
+            }
+            found => found.map(Some),
+        }
+    }
+
+    fn find_own(&self, wanted: &WantedKey, window: Option<&Window>) -> Result<LoginKey, String> {
+        let WantedKey { name, id, public } = wanted;
+        let failed = |error: NssError| format!("the private key of certificate {name:?}: {error}");
+        let key = PrivateKey::find(&self.slot, id, window)
+            .map_err(failed)?
+            .ok_or_else(|| format!("there is no private key for certificate {name:?}"))?;
+        // The private key of an EC pair tells nothing of the public one, and on some tokens an RSA key does not
+        // either; what there is of the public one was looked at.
         if let PublicKey::Rsa { modulus } = public {
-            let found = key.attribute(Attribute::Modulus).map_err(failed)?;
-            if without_leading_zeros(&found) != modulus {
-                return Err(format!("the private key under the ID of certificate {name:?} is another's"));
+            match key.attribute(Attribute::Modulus) {
+                Ok(found) if without_leading_zeros(&found) == modulus => {}
+                Err(_) if window.is_some() => {}
+                Ok(_) => {
+                    return Err(format!("the private key under the ID of certificate {name:?} is another's"));
+                }
+                Err(error) => return Err(failed(error)),
             }
         }
         let wants_pin = window.is_some()
             && key
                 .attribute(Attribute::AlwaysAuthenticate)
                 .is_ok_and(|value| value.iter().any(|&byte| byte != 0));
-        Ok(Some(LoginKey { key, copied: false, wants_pin }))
+        Ok(LoginKey { key, copied: false, wants_pin })
     }
 }
 

@@ -192,19 +192,21 @@ impl PublicHalf {
 
 impl Content {
     fn read(slot: &Slot) -> Result<Self, NssError> {
-        // An object without a label or an ID is none of ours, so a missing attribute reads as empty.
+        // An object without a label or an ID is none of ours, and one without a value no certificate, so a missing
+        // attribute reads as empty.
         let certificates = slot
             .objects(Class::Certificate)?
             .iter()
             .take(MAX_OBJECTS)
             .map(|object| {
-                Ok(Found {
-                    nickname: object.attribute(Attribute::Label).unwrap_or_default(),
-                    id: object.attribute(Attribute::Id).unwrap_or_default(),
-                    der: object.attribute(Attribute::Value)?,
-                })
+                let attribute = |attribute| object.attribute(attribute).unwrap_or_default();
+                Found {
+                    nickname: attribute(Attribute::Label),
+                    id: attribute(Attribute::Id),
+                    der: attribute(Attribute::Value),
+                }
             })
-            .collect::<Result<_, NssError>>()?;
+            .collect();
         let mut key_pairs: HashMap<_, _> = slot
             .objects(Class::PublicKey)?
             .iter()

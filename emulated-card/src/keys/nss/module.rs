@@ -162,8 +162,12 @@ fn parse_list(text: &str) -> Vec<(String, String)> {
 fn spec(library: &str, parameters: &str) -> Option<CString> {
     // Within "..." NSS knows two special characters.
     let quoted = |value: &str| format!("\"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""));
-    CString::new(format!("library={} name=\"tokens\" parameters={}", quoted(library), quoted(parameters)))
-        .ok()
+    let mut spec = format!("library={} name=\"tokens\"", quoted(library));
+    if !parameters.is_empty() {
+        // Some modules refuse to start with any, even empty ones.
+        spec += &format!(" parameters={}", quoted(parameters));
+    }
+    CString::new(spec).ok()
 }
 
 #[cfg(test)]
@@ -188,6 +192,7 @@ mod tests {
     fn quotes_and_backslashes_are_escaped() {
         let spec = spec(r#"/a"b\c"#, "x").unwrap().into_string().unwrap();
         assert_eq!(spec, r#"library="/a\"b\\c" name="tokens" parameters="x""#);
+        assert_eq!(super::spec("/a", "").unwrap().to_str(), Ok("library=\"/a\" name=\"tokens\""));
         assert!(super::spec("/a\0b", "").is_none());
     }
 }

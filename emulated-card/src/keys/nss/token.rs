@@ -6,8 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 use vscard_protocol::Secret;
@@ -71,9 +70,10 @@ pub struct TokenStore {
     certificates: Vec<Certificate>,
     token: Token,
     keys: Arc<Keys>,
-    /// Whether what the token says about tries may be believed: some say after a right PIN what was true before it.
-    tries_known: AtomicBool,
-    _claim: TokenClaim,
+    /// What the token said about tries right after a right PIN. Some say then what was true before it, so that is not
+    /// believed until they say something else.
+    stale_hint: Mutex<Option<u8>>,
+    _claim: Arc<TokenClaim>,
 }
 
 impl TokenStore {
@@ -82,11 +82,15 @@ impl TokenStore {
     /// # Errors
     /// [`TokenError`], which names the token.
     pub fn open(token: &Token, directory: &StateDirectory) -> Result<Self, TokenError> {
+        Self::open_claimed(token, Arc::new(directory.claim_token(&token.name())?))
+    }
+
+    /// As [`open`](Self::open), for whoever has claimed the token by its [`name`](Token::name).
+    pub(crate) fn open_claimed(token: &Token, claim: Arc<TokenClaim>) -> Result<Self, TokenError> {
         let label = || token.label().to_owned();
         if token.info.has_pin_pad() {
             return Err(TokenError::PinPad { label: label() });
         }
-        let claim = directory.claim_token(&token.name())?;
         let content = Content::read(&token.slot)
             .map_err(|reason| TokenError::Refused { label: label(), reason: reason.to_string() })?;
         let (certificates, wanted): (Vec<_>, _) = usable(&content).into_iter().unzip();
@@ -98,7 +102,7 @@ impl TokenStore {
             certificates,
             token: token.clone(),
             keys: Arc::new(Keys::new(wanted, Arc::clone(&token.slot), place)),
-            tries_known: AtomicBool::new(true),
+            stale_hint: Mutex::default(),
             _claim: claim,
         })
     }
@@ -127,18 +131,16 @@ impl KeyStore for TokenStore {
     /// One while the token says that the next try is the last (CKF_USER_PIN_FINAL_TRY), none when it says that its
     /// PIN is locked (CKF_USER_PIN_LOCKED).
     fn tries_hint(&self) -> Option<u8> {
-        if !self.tries_known.load(Ordering::SeqCst) {
-            return None;
-        }
-        let info = self.token.slot.token_info().ok()?;
-        if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
+        let stale = *self.stale_hint.lock().unwrap_or_else(PoisonError::into_inner);
+        self.token.tries_hint().filter(|&hint| Some(hint) != stale)
     }
 
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
         let outcome = self.keys.unlock(secret);
+        let mut stale = self.stale_hint.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {
-            Ok(_) => self.tries_known.store(false, Ordering::SeqCst),
-            Err(UnlockError::Wrong | UnlockError::Locked) => self.tries_known.store(true, Ordering::SeqCst),
+            Ok(_) => *stale = self.token.tries_hint(),
+            Err(UnlockError::Wrong | UnlockError::Locked) => *stale = None,
             Err(UnlockError::NotChecked(_)) => {}
         }
         Ok(Box::new(outcome?))

@@ -41,9 +41,15 @@ impl Token {
         self.info.needs_login()
     }
 
+    /// How many tries the token's flags leave, at most.
+    pub(super) fn tries_hint(&self) -> Option<u8> {
+        let info = self.slot.token_info().ok()?;
+        if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
+    }
+
     /// What there is one of at a time, whatever slot it is in: only a token without a serial number is told from others
     /// by its slot.
-    pub(super) fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let TokenInfo { label, manufacturer, model, serial_number, .. } = &*self.info;
         let slot = if serial_number.is_empty() { self.slot.id() } else { 0 };
         format!("{:?}", (self.module.library(), manufacturer, model, serial_number, label, slot))

@@ -1,0 +1,426 @@
+//! Tokens as key stores, against SoftHSM. Its tokens cannot be pulled out; what happens then is tested with OpenSC.
+
+#![cfg(all(unix, feature = "nss"))]
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "clippy sees the helpers of a test as no test")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use emulated_card::card::EmulatedCard;
+use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, TokenStore, TokenWatch};
+use emulated_card::keys::{Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
+use emulated_card::pin::{PinError, ReferenceData};
+use emulated_card::state::{CardId, StateDirectory, StateError};
+use emulated_card::token::{TokenCard, TokenCardError};
+use openssl_tool::{make_certificate, openssl, peer, run, verify_ecdsa};
+use tempfile::TempDir;
+use vscard_protocol::{CardSource, Command as Apdu, Presence, Secret};
+
+#[path = "common/openssl_tool.rs"]
+mod openssl_tool;
+
+const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
+const PIN: &str = "123456";
+const DIRECTORY: &str = "NSS_TOKEN_TEST_DIRECTORY";
+
+/// The directory of SoftHSM's configuration, in the process that was started with it. SoftHSM reads the environment,
+/// so each test runs in a process of its own, started by the first one, in which this is `None`.
+fn in_a_process_with_softhsm(test: &str) -> Option<Host> {
+    if let Some(root) = std::env::var_os(DIRECTORY) {
+        return Some(Host { root: root.into() });
+    }
+    let root = TempDir::new().unwrap();
+    fs::create_dir(root.path().join("tokens")).unwrap();
+    let configuration = format!(
+        "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = true\n",
+        root.path().join("tokens").display()
+    );
+    fs::write(root.path().join("softhsm2.conf"), configuration).unwrap();
+    same_test(test, root.path(), &[]);
+    None
+}
+
+/// Runs the test in another process.
+fn same_test(test: &str, root: &Path, environment: &[(&str, &str)]) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(DIRECTORY, root)
+        .env("SOFTHSM2_CONF", root.join("softhsm2.conf"))
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// What a host has: tokens, and a place for state.
+struct Host {
+    root: PathBuf,
+}
+
+/// What is to be on a token.
+struct Entry {
+    name: &'static str,
+    id: &'static str,
+    key: &'static str,
+    /// `pkcs11-tool`'s words for what its private key may do; `None` leaves the key out.
+    usage: Option<&'static [&'static str]>,
+    authority: bool,
+    public_key: bool,
+}
+
+const PLAIN: Entry = Entry {
+    name: "",
+    id: "",
+    key: "rsa:1024",
+    usage: Some(&["--usage-sign", "--usage-decrypt"]),
+    authority: false,
+    public_key: true,
+};
+
+impl Host {
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    fn make_token(&self, label: &str, entries: &[Entry]) {
+        let init = ["--init-token", "--free", "--label", label, "--pin", PIN, "--so-pin", "12345678"];
+        run("softhsm2-util", "softhsm2", &init.map(OsStr::new));
+        for entry in entries {
+            let [key, certificate, public] = ["key.pem", "crt.pem", "key.pub"].map(|name| self.path(name));
+            let constraints =
+                format!("basicConstraints=CA:{}", if entry.authority { "TRUE" } else { "FALSE" });
+            make_certificate(entry.name, entry.key, &key, &certificate, &["-addext", &constraints]);
+            let der = self.path(&format!("{}.der", entry.name));
+            openssl!("x509", "-in", certificate, "-outform", "DER", "-out", der);
+            openssl!("pkey", "-in", key, "-pubout", "-outform", "DER", "-out", public);
+            self.write(label, entry, "cert", &der, &[]);
+            if let Some(usage) = entry.usage {
+                self.write(label, entry, "privkey", &key, usage);
+                if entry.public_key {
+                    self.write(label, entry, "pubkey", &public, &[]);
+                }
+            }
+        }
+    }
+
+    fn write(&self, token: &str, entry: &Entry, kind: &str, file: &Path, more: &[&str]) {
+        let mut arguments: Vec<&OsStr> =
+            ["--module", SOFTHSM, "--token-label", token, "--login", "--pin", PIN]
+                .into_iter()
+                .chain(["--type", kind, "--id", entry.id, "--label", entry.name, "--write-object"])
+                .map(OsStr::new)
+                .collect();
+        arguments.push(file.as_ref());
+        arguments.extend(more.iter().map(OsStr::new));
+        run("pkcs11-tool", "opensc", &arguments);
+    }
+
+    fn state(&self) -> StateDirectory {
+        StateDirectory::at(self.path("state"))
+    }
+
+    fn tokens(&self) -> Vec<Token> {
+        TokenWatch::new(&[module()]).unwrap().tokens()
+    }
+
+    /// The store of the only token.
+    fn store(&self) -> TokenStore {
+        let tokens = self.tokens();
+        assert_eq!(tokens.len(), 1);
+        TokenStore::open(&tokens[0], &self.state()).unwrap()
+    }
+}
+
+fn module() -> Module {
+    Module::load(Path::new(SOFTHSM)).unwrap_or_else(|error| panic!("{error}; install the package softhsm2"))
+}
+
+fn unlock(store: &dyn KeyStore, pin: &str) -> Result<Box<dyn Unlocked>, UnlockError> {
+    store.unlock(&Secret::from(pin.as_bytes()))
+}
+
+fn names(store: &TokenStore) -> Vec<&str> {
+    store.certificates().iter().map(|certificate| &*certificate.name).collect()
+}
+
+/// Fails unless raising the result of the raw operation to the public exponent gives the block back.
+#[track_caller]
+fn assert_rsa(host: &Host, store: &TokenStore, unlocked: &dyn Unlocked, index: usize, block: &[u8]) {
+    let result = unlocked.rsa_raw(index, block).unwrap();
+    let [key, input] = ["rsa-key", "rsa-result"].map(|name| host.path(name));
+    fs::write(&key, &store.certificates()[index].public_key).unwrap();
+    fs::write(&input, result.expose()).unwrap();
+    let option = "rsa_padding_mode:none";
+    let raised = openssl!(
+        "pkeyutl", "-encrypt", "-pubin", "-keyform", "DER", "-inkey", key, "-pkeyopt", option, "-in", input
+    );
+    assert_eq!(raised, block);
+}
+
+#[test]
+fn a_token_is_listed_and_used() {
+    let Some(host) = in_a_process_with_softhsm("a_token_is_listed_and_used") else { return };
+    let curve = Some(&["--usage-sign", "--usage-derive"][..]);
+    host.make_token(
+        "card",
+        &[
+            Entry { name: "third", id: "0003", key: "P-384", usage: curve, ..PLAIN },
+            Entry { name: "second", id: "ff", key: "P-256", usage: curve, ..PLAIN },
+            Entry { name: "first", id: "01", key: "rsa:2048", ..PLAIN },
+            Entry { name: "without key", id: "04", usage: None, ..PLAIN },
+            Entry { name: "authority", id: "05", authority: true, ..PLAIN },
+            Entry { name: "small", id: "06", key: "rsa:768", ..PLAIN },
+        ],
+    );
+    let store = host.store();
+    assert_eq!(store.token().label(), "card");
+    assert_eq!(store.token().serial_number().len(), 16);
+    assert!(store.needs_secret());
+    assert_eq!(names(&store), ["first", "second", "third"]);
+    let kinds: Vec<_> = store.certificates().iter().map(|certificate| certificate.kind).collect();
+    assert_eq!(kinds, [KeyKind::Rsa { bits: 2048 }, KeyKind::Ec(Curve::P256), KeyKind::Ec(Curve::P384)]);
+    for certificate in store.certificates() {
+        assert_eq!(certificate.der, fs::read(host.path(&format!("{}.der", certificate.name))).unwrap());
+    }
+
+    assert_eq!(unlock(&store, "654321").err(), Some(UnlockError::Wrong));
+    assert!(matches!(unlock(&store, "123456\0").err(), Some(UnlockError::NotChecked(_))));
+    let unlocked = unlock(&store, PIN).unwrap();
+    let signature = [&[0, 1], &[0xff; 200][..], &[0], &[7; 53]].concat();
+    let mut other = signature.clone();
+    other[1] = 0x7f;
+    for block in [signature, other] {
+        assert_rsa(&host, &store, &*unlocked, 0, &block);
+    }
+    assert_eq!(unlocked.rsa_raw(0, &[0xff; 256]).unwrap_err(), KeyError::Block);
+    for (index, curve) in [(1, Curve::P256), (2, Curve::P384)] {
+        let certificate = &store.certificates()[index];
+        let digest = vec![0x5a; curve.field_len()];
+        let signature = unlocked.ecdsa(index, &digest).unwrap();
+        verify_ecdsa(&host.root, certificate, &digest, &signature);
+        let (mut point, shared) = peer(&host.root, curve, &certificate.public_key);
+        assert_eq!(unlocked.ecdh(index, &point).unwrap().expose(), shared);
+        *point.last_mut().unwrap() ^= 1;
+        assert_eq!(unlocked.ecdh(index, &point).unwrap_err(), KeyError::Block);
+    }
+
+    assert!(unlock(&store, "wrong").is_err());
+    assert_eq!(unlocked.ecdsa(1, &[1; 32]), Err(KeyError::LoggedOut));
+    drop(unlocked);
+    unlock(&store, PIN).unwrap().ecdsa(1, &[1; 32]).unwrap();
+}
+
+#[test]
+fn what_a_key_may_do_decides_the_way_to_raw_rsa() {
+    let Some(host) = in_a_process_with_softhsm("what_a_key_may_do_decides_the_way_to_raw_rsa") else {
+        return;
+    };
+    host.make_token(
+        "card",
+        &[
+            Entry { name: "signs", id: "01", usage: Some(&["--usage-sign"]), ..PLAIN },
+            Entry { name: "decrypts", id: "02", usage: Some(&["--usage-decrypt"]), ..PLAIN },
+            Entry { name: "neither", id: "03", usage: Some(&["--usage-derive"]), ..PLAIN },
+        ],
+    );
+    let store = host.store();
+    let unlocked = unlock(&store, PIN).unwrap();
+    for index in 0..2 {
+        assert_rsa(&host, &store, &*unlocked, index, &[5; 128]);
+        assert_rsa(&host, &store, &*unlocked, index, &[&[0, 1], &[0xff; 100][..], &[0; 26]].concat());
+    }
+}
+
+#[test]
+fn a_key_may_want_the_pin_each_time() {
+    let Some(host) = in_a_process_with_softhsm("a_key_may_want_the_pin_each_time") else { return };
+    let usage = Some(&["--usage-sign", "--always-auth"][..]);
+    host.make_token(
+        "card",
+        &[
+            Entry { name: "always", id: "01", usage, ..PLAIN },
+            Entry { name: "always too", id: "02", key: "P-256", usage, ..PLAIN },
+            Entry { name: "once", id: "03", ..PLAIN },
+        ],
+    );
+    let store = host.store();
+    let block = [&[0, 1], &[0xff; 100][..], &[0; 26]].concat();
+    for _ in 0..2 {
+        let unlocked = unlock(&store, PIN).unwrap();
+        assert_rsa(&host, &store, &*unlocked, 2, &block);
+        assert_rsa(&host, &store, &*unlocked, 0, &block);
+        // The PIN is used up, for the other key, too.
+        assert_eq!(unlocked.rsa_raw(0, &block).unwrap_err(), KeyError::LoggedOut);
+        assert_eq!(unlocked.ecdsa(1, &[1; 32]).unwrap_err(), KeyError::LoggedOut);
+        assert_rsa(&host, &store, &*unlocked, 2, &block);
+        let unlocked = unlock(&store, PIN).unwrap();
+        let signature = unlocked.ecdsa(1, &[1; 32]).unwrap();
+        verify_ecdsa(&host.root, &store.certificates()[1], &[1; 32], &signature);
+    }
+}
+
+#[test]
+fn keys_that_are_invisible_are_missed_at_login() {
+    let Some(host) = in_a_process_with_softhsm("keys_that_are_invisible_are_missed_at_login") else { return };
+    host.make_token(
+        "card",
+        &[
+            Entry { name: "there", id: "01", public_key: false, ..PLAIN },
+            Entry { name: "gone", id: "02", usage: None, ..PLAIN },
+        ],
+    );
+    let store = host.store();
+    assert_eq!(names(&store), ["there", "gone"]);
+    let unlocked = unlock(&store, PIN).unwrap();
+    assert_rsa(&host, &store, &*unlocked, 0, &[5; 128]);
+    assert!(matches!(unlocked.rsa_raw(1, &[5; 128]), Err(KeyError::Failed(_))));
+}
+
+#[test]
+fn tokens_that_are_no_cards_are_named() {
+    let Some(host) = in_a_process_with_softhsm("tokens_that_are_no_cards_are_named") else { return };
+    assert_eq!(host.tokens(), []);
+    host.make_token("empty", &[Entry { name: "authority", id: "01", authority: true, ..PLAIN }]);
+    // This process has its list of slots already.
+    same_test("the_token_has_no_certificate", &host.root, &[]);
+}
+
+#[test]
+fn the_token_has_no_certificate() {
+    let Some(root) = std::env::var_os(DIRECTORY) else { return };
+    let host = Host { root: root.into() };
+    let error = TokenStore::open(&host.tokens()[0], &host.state()).unwrap_err();
+    assert!(matches!(&error, TokenError::NoCertificates { label } if label == "empty"), "{error}");
+    // What could not be opened is not claimed.
+    let error = TokenStore::open(&host.tokens()[0], &host.state()).unwrap_err();
+    assert!(matches!(error, TokenError::NoCertificates { .. }), "{error}");
+}
+
+#[test]
+fn a_token_is_for_one_card() {
+    const HERE: &str = "NSS_TOKEN_TEST_SECOND";
+    let Some(host) = in_a_process_with_softhsm("a_token_is_for_one_card") else { return };
+    let refused = |token: &Token| {
+        let error = TokenStore::open(token, &host.state()).unwrap_err();
+        assert!(matches!(error, TokenError::Claim(StateError::TokenInUse { .. })), "{error}");
+        assert!(error.to_string().contains("card"), "{error}");
+    };
+    if std::env::var_os(HERE).is_some() {
+        return refused(&host.tokens()[0]);
+    }
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let store = host.store();
+    refused(store.token());
+    same_test("a_token_is_for_one_card", &host.root, &[(HERE, "")]);
+    let token = store.token().clone();
+    drop(store);
+    TokenStore::open(&token, &host.state()).unwrap();
+}
+
+#[test]
+fn wrong_pins_are_counted() {
+    let Some(host) = in_a_process_with_softhsm("wrong_pins_are_counted") else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let store: Arc<TokenStore> = Arc::new(host.store());
+    let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+    let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store);
+    assert!(matches!(verify("000000").err(), Some(PinError::Wrong { left: 2 })));
+    assert_eq!(reference.tries_left().unwrap(), 2);
+    drop(verify(PIN).unwrap());
+    assert_eq!(reference.tries_left().unwrap(), 3);
+    for left in [2, 1, 0] {
+        assert!(matches!(verify("000000").err(), Some(PinError::Wrong { left: found }) if found == left));
+    }
+    assert!(matches!(verify(PIN).err(), Some(PinError::Blocked)));
+    assert!(matches!(reference.without_pin(&*store).err(), Some(PinError::NotSupported)));
+}
+
+#[test]
+fn modules_are_found_and_what_is_none_is_named() {
+    let Some(host) = in_a_process_with_softhsm("modules_are_found_and_what_is_none_is_named") else { return };
+    let load = |library: &str| Module::load(Path::new(library)).unwrap_err();
+    for (library, reason) in
+        [("/missing.so", "PR_LOAD_LIBRARY_ERROR"), ("libc.so.6", "PR_FIND_SYMBOL_ERROR"), ("/", "PR_LOAD")]
+    {
+        let error = load(library).to_string();
+        assert!(error.contains(library) && error.contains(reason), "{error}");
+    }
+    assert!(matches!(load("/a\0b"), ModuleError::Path { .. }));
+
+    let directory = host.path("nss");
+    fs::create_dir(&directory).unwrap();
+    let url = format!("sql:{}", directory.display());
+    run("certutil", "libnss3-tools", &["-N", "-d", &url, "--empty-password"].map(OsStr::new));
+    let error = Module::of_directory(&url).unwrap_err();
+    assert!(matches!(error, ModuleError::NoModules { .. }), "{error}");
+    let add = ["-force", "-dbdir", &url, "-add", "token", "-libfile", SOFTHSM];
+    run("modutil", "libnss3-tools", &add.map(OsStr::new));
+    let list = directory.join("pkcs11.txt");
+    let mut text = fs::read_to_string(&list).unwrap();
+    text.push_str("\nlibrary=/missing.so\nname=broken\n\n");
+    fs::write(&list, text).unwrap();
+    let modules = Module::of_directory(&url).unwrap();
+    assert_eq!(modules.len(), 1);
+    assert_eq!(modules[0].library(), fs::canonicalize(SOFTHSM).unwrap().to_str().unwrap());
+    let error = Module::of_directory("/missing").unwrap_err();
+    assert!(matches!(error, ModuleError::List { .. }), "{error}");
+}
+
+fn card_on(host: &Host, wanted: Option<&str>) -> Result<TokenCard, TokenCardError> {
+    let make = |store: Arc<TokenStore>| {
+        let id = CardId::derive(store.certificates(), "");
+        let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        Ok(EmulatedCard::new(store, Arc::new(reference), id, Box::new(|bytes| bytes.fill(7)))?)
+    };
+    TokenCard::open(&[module()], wanted.map(str::to_owned), host.state(), None, Box::new(make))
+}
+
+#[tokio::test]
+async fn a_token_is_a_card() {
+    let Some(host) = in_a_process_with_softhsm("a_token_is_a_card") else { return };
+    host.make_token("one", &[Entry { name: "one", id: "01", ..PLAIN }]);
+    host.make_token("two", &[Entry { name: "two", id: "01", ..PLAIN }]);
+    let error = card_on(&host, None).unwrap_err();
+    assert!(matches!(&error, TokenCardError::Several(tokens) if tokens.len() == 2), "{error}");
+    let absent = card_on(&host, Some("three")).unwrap();
+    assert_eq!(absent.presence().get(), Presence::Absent);
+    assert!(absent.power_on(1).await.is_err());
+
+    let card = card_on(&host, Some("one")).unwrap();
+    let error = card_on(&host, Some("one")).unwrap_err();
+    assert!(error.to_string().contains("in use already"), "{error}");
+    let serial_number =
+        host.tokens().iter().find(|token| token.label() == "two").unwrap().serial_number().to_owned();
+    let _second = card_on(&host, Some(&serial_number)).unwrap();
+
+    let Presence::Present { insertion: 1, atr, .. } = card.presence().get() else { panic!() };
+    let mut session = card.power_on(1).await.unwrap();
+    assert_eq!(*session.atr(), atr);
+    let mut statuses = Vec::new();
+    for command in [&b"\x00\x20\x00\x00"[..], b"\x00\x20\x00\x00\x06000000", b"\x00\x20\x00\x00\x06123456"] {
+        let response = session.transmit(&Apdu::parse(command).unwrap()).await.unwrap();
+        statuses.push(response.status().to_string());
+    }
+    assert_eq!(statuses, ["63C3", "63C2", "9000"]);
+    let select = b"\x00\xa4\x04\x0c\x07\xa0\x00\x00\x00\x79\x01\x00";
+    let response = session.transmit(&Apdu::parse(select).unwrap()).await.unwrap();
+    assert_eq!(response.status().to_string(), "9000");
+    let sign = [&[0x80, 0x42, 0x00, 0x00, 0x80], &[5; 128][..], &[0]].concat();
+    let response = session.transmit(&Apdu::parse(&sign).unwrap()).await.unwrap();
+    assert_eq!(response.status().to_string(), "9000");
+    assert_eq!(response.data().len(), 128);
+    // Powered off, the card has forgotten the PIN.
+    drop(session);
+    let mut session = card.power_on(1).await.unwrap();
+    let response = session.transmit(&Apdu::parse(b"\x00\x20\x00\x00").unwrap()).await.unwrap();
+    assert_eq!(response.status().to_string(), "63C3");
+
+    drop(card);
+    assert!(session.transmit(&Apdu::parse(b"\x00\x20\x00\x00").unwrap()).await.is_err());
+    drop(card_on(&host, Some("one")));
+}
