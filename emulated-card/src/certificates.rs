@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::card::{CardBuildError, CardOptions, EmulatedCard, Profile};
 use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::{KeyStore, UnlockError};
-use crate::pin::{self, CardPinError, DEFAULT_TRIES, InitialPin, ReferenceData, SecretFileError};
+use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
 use crate::slot;
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
@@ -148,6 +148,7 @@ impl CertificateCard {
         let id = CardId::derive(store.certificates(), &self.card_name);
         let directory = StateDirectory::of_user()?;
         let claim = directory.claim(&database, &id)?;
+        let id = claim.id().clone();
         let reference = self.reference_data(&store, &database, &directory, &claim)?;
         for certificate in store.certificates() {
             tracing::debug!("certificate {:?}, {}", certificate.name, certificate.kind);
@@ -243,9 +244,9 @@ impl CertificateCard {
                 None => None,
             };
             let password = password("a PIN of its own")?;
-            let (reference, used) =
-                ReferenceData::of_card(directory, claim, initial.as_ref(), password, DEFAULT_TRIES)?;
-            if used == InitialPin::Ignored {
+            let (reference, used, _) =
+                ReferenceData::of_card(directory, claim, initial.as_ref(), None, password, DEFAULT_TRIES)?;
+            if used == Initial::Ignored {
                 tracing::warn!("{prefix}pin-file is ignored: this card has its PIN already");
             }
             return Ok(reference);

@@ -9,7 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{oneshot, watch};
@@ -225,12 +225,22 @@ impl Worker {
 
     fn next(&self) -> Task {
         let mut mailbox = self.shared.lock();
-        let idle_since = Instant::now();
+        let idle_since = since_boot();
         loop {
             if mailbox.reset {
                 mailbox.reset = false;
                 return Task::Reset(mailbox.powered.take());
             }
+            // Before the command, which may be what ends a wait that suspension has made too long.
+            let left = match mailbox.forget_after {
+                Some(after) if self.core.is_logged_in() => {
+                    match after.checked_sub(since_boot().saturating_sub(idle_since)) {
+                        Some(left) if !left.is_zero() => Some(left),
+                        _ => return Task::ForgetPin,
+                    }
+                }
+                _ => None,
+            };
             if let Some((command, reply)) = mailbox.command.take() {
                 return Task::Command(command, reply);
             }
@@ -238,15 +248,27 @@ impl Worker {
                 return Task::End;
             }
             let changed = &self.shared.changed;
-            mailbox = match mailbox.forget_after {
-                Some(after) if self.core.is_logged_in() => {
-                    let Some(left) = after.checked_sub(idle_since.elapsed()) else { return Task::ForgetPin };
-                    changed.wait_timeout(mailbox, left).unwrap_or_else(PoisonError::into_inner).0
-                }
-                _ => changed.wait(mailbox).unwrap_or_else(PoisonError::into_inner),
+            mailbox = match left {
+                Some(left) => changed.wait_timeout(mailbox, left).unwrap_or_else(PoisonError::into_inner).0,
+                None => changed.wait(mailbox).unwrap_or_else(PoisonError::into_inner),
             };
         }
     }
+}
+
+/// Time since the system was booted, that in which it was suspended included: a PIN is not to be found verified
+/// after the lid was closed for a night.
+#[cfg(target_os = "linux")]
+fn since_boot() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::try_from(now).unwrap_or_default()
+}
+
+/// Time since an arbitrary moment; whether suspension counts is the system's to say.
+#[cfg(not(target_os = "linux"))]
+fn since_boot() -> Duration {
+    static START: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+    START.elapsed()
 }
 
 impl Drop for Worker {

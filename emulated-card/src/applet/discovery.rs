@@ -58,7 +58,7 @@ pub(super) fn global_platform(id: &CardId) -> DataObjects {
     // serial number and batch (6), then who embedded and personalised it (24). All but the number stays zero:
     // this chip was made by nobody.
     let mut life_cycle = [0; 42];
-    life_cycle[12..18].copy_from_slice(&id.bytes()[..6]);
+    life_cycle[12..18].copy_from_slice(&id.chip_serial());
     let proprietary = [
         // Application production life cycle data, and the longest command data field.
         tlv::ber(&[0x9F, 0x6E], &[0x12, 0x91, 0x51, 0x81, 0x01, 0x00]),

@@ -94,7 +94,7 @@ pub(super) fn card_capability(certificates: u8, id: &CardId) -> Container {
         buffers.put(tag, value);
     };
     // Card identifier: RID, manufacturer, card type 02 (Java card), and what becomes the token's serial number.
-    put(0xF0, &[&aid::RID_CAC[..], &[0x03, 0x02], &id.bytes()[..14]].concat());
+    put(0xF0, &[&aid::RID_CAC[..], &[0x03, 0x02], &id.card_identifier()].concat());
     // Container version and grammar version 2.1.
     put(0xF1, &[0x21]);
     put(0xF2, &[0x21]);

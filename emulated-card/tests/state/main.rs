@@ -13,18 +13,29 @@ use std::time::{Duration, Instant};
 
 use emulated_card::keys::{Certificate, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use emulated_card::pin::{
-    CardPinError, InitialPin, PinError, ReferenceData, SecretFileError, check_card_pin, read_secret_file,
+    CardPinError, Initial, PinError, ReferenceData, SecretFileError, check_card_pin, read_secret_file,
 };
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
+use sha2::Digest;
 use tempfile::TempDir;
 use vscard_protocol::Secret;
 
 const RIGHT: &[u8] = b"12345678";
 const WRONG: &[u8] = b"87654321";
+const NEW: &[u8] = b"246810";
+const PUK: &[u8] = b"\x0012345\xff\xff";
 const DATABASE: &str = "/home/alice/.pki/nssdb";
 /// Says to [`child`] what to do.
 const CHILD: &str = "VSCARD_STATE_TEST_CHILD";
 const CHILD_DIRECTORY: &str = "VSCARD_STATE_TEST_DIRECTORY";
+/// Which file it is to read.
+const CHILD_FILE: &str = "VSCARD_STATE_TEST_FILE";
+/// Which PIN the card has.
+const CHILD_PIN: &str = "VSCARD_STATE_TEST_PIN";
+
+mod change;
+mod identity;
+mod secrets;
 
 // ---- counting
 
@@ -555,7 +566,7 @@ fn a_card_is_open_once() {
     assert!(message.contains("--card-name") && message.contains(DATABASE), "{message}");
 
     let other_name = place.claim("second");
-    assert_ne!(other_name.id().bytes(), claim.id().bytes());
+    assert_ne!(other_name.id().guid(), claim.id().guid());
     place.directory.claim("/elsewhere".as_ref(), &card("")).unwrap();
 
     drop(claim);
@@ -589,7 +600,7 @@ fn a_card_can_have_a_pin_of_its_own() {
     assert!(matches!(none, StateError::NoPin { .. }) && none.to_string().contains("--pin-file"), "{none}");
 
     let (data, outcome) = place.own(&claim, Some(&pin)).unwrap();
-    assert_eq!(outcome, InitialPin::Created);
+    assert_eq!(outcome, Initial::Created);
     assert!(ReferenceData::card_has_pin(&place.directory, &claim).unwrap());
     let text = fs::read_to_string(place.state_file()).unwrap();
     assert!(text.contains("\npin $argon2id$v=19$") && !text.contains("1234\n"), "{text}");
@@ -602,12 +613,12 @@ fn a_card_can_have_a_pin_of_its_own() {
     drop(data);
 
     let (data, outcome) = place.own(&claim, Some(&WRONG.into())).unwrap();
-    assert_eq!((outcome, data.tries_left().unwrap()), (InitialPin::Ignored, 2));
+    assert_eq!((outcome, data.tries_left().unwrap()), (Initial::Ignored, 2));
     assert_wrong(&data.verify(&WRONG.into(), &store), 1);
     data.verify(&pin, &store).unwrap();
 
     let (data, outcome) = place.own(&claim, None).unwrap();
-    assert_eq!(outcome, InitialPin::NotGiven);
+    assert_eq!(outcome, Initial::NotGiven);
     data.verify(&pin, &store).unwrap();
 }
 
@@ -619,7 +630,7 @@ fn own_pins_are_counted_per_card() {
     let pin = Secret::from(&b"1234"[..]);
     let (one, _) = place.own(&first, Some(&pin)).unwrap();
     let (other, outcome) = place.own(&second, Some(&pin)).unwrap();
-    assert_eq!(outcome, InitialPin::Created);
+    assert_eq!(outcome, Initial::Created);
     for left in [2, 1, 0] {
         assert_wrong(&one.verify(&WRONG.into(), &store), left);
     }
@@ -670,20 +681,23 @@ fn an_own_pin_that_is_gone_or_damaged_refuses_verify() {
 }
 
 #[test]
-fn counter_and_pin_files_cannot_stand_in_for_each_other() {
+fn counter_and_card_files_cannot_stand_in_for_each_other() {
     let place = Place::new();
-    let claim = place.claim("");
     assert_wrong(&place.data(3).verify(&WRONG.into(), &Store::new()), 2);
     let counter = place.state_file();
     let aside = place.path().join("aside");
     fs::rename(&counter, &aside).unwrap();
-    let (own, _) = place.own(&claim, Some(&RIGHT.into())).unwrap();
-    let with_pin = place.state_file();
-
-    fs::copy(&with_pin, &counter).unwrap();
+    let claim = place.claim("");
+    let of_card = place.state_file();
+    fs::copy(&of_card, &counter).unwrap();
     assert!(matches!(place.data(3).tries_left(), Err(PinError::State(StateError::Damaged { .. }))));
-    fs::copy(&aside, &with_pin).unwrap();
+    let (own, _) = place.own(&claim, Some(&RIGHT.into())).unwrap();
+    fs::copy(&of_card, &counter).unwrap();
+    assert!(matches!(place.data(3).tries_left(), Err(PinError::State(StateError::Damaged { .. }))));
+
+    fs::copy(&aside, &of_card).unwrap();
     assert!(matches!(own.tries_left(), Err(PinError::State(StateError::Damaged { .. }))));
+    assert!(matches!(place.own(&claim, Some(&RIGHT.into())), Err(StateError::Damaged { .. })));
 }
 
 #[test]
@@ -704,49 +718,6 @@ fn an_unfit_first_pin_is_refused() {
     for pin in [&b"1234"[..], b"12345678", "p\u{e4}\u{df}1".as_bytes()] {
         assert_eq!(check_card_pin(&pin.into()), Ok(()));
     }
-}
-
-// ---- --pin-file and --password-file
-
-#[test]
-fn a_secret_file_holds_one_line_for_its_owner_alone() {
-    let place = Place::new();
-    let path = place.path().join("pin");
-    let write = |contents: &[u8], mode| {
-        let _ = fs::remove_file(&path);
-        fs::write(&path, contents).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        read_secret_file(&path)
-    };
-    let longest = [b'x'; 1024];
-    for (contents, secret) in [
-        (&b"1234"[..], &b"1234"[..]),
-        (b"1234\n", b"1234"),
-        (b"1234\r\n", b"1234"),
-        (b" 12 34 \n", b" 12 34 "),
-        (&longest, &longest),
-    ] {
-        assert!(write(contents, 0o600).unwrap().equals(secret));
-    }
-    assert!(write(b"1234", 0o400).unwrap().equals(b"1234"));
-    let too_long = [b'x'; 1025];
-    for contents in
-        [&b""[..], b"\n", b"\r\n", b"12\n34", b"1234\n\n", b"1234\r", b"12\r34\n", b"12\x0034", &too_long]
-    {
-        let refused = write(contents, 0o600);
-        assert!(matches!(refused, Err(SecretFileError::Contents { .. })), "{contents:?}");
-    }
-    for mode in [0o640, 0o604, 0o620, 0o602, 0o610, 0o644] {
-        let refused = write(b"1234", mode).unwrap_err();
-        assert!(matches!(refused, SecretFileError::OpenToOthers { .. }));
-        assert!(refused.to_string().contains(&format!("chmod 600 {}", path.display())), "{refused}");
-    }
-    assert!(matches!(read_secret_file(place.path()), Err(SecretFileError::NotRegular { .. })));
-    assert!(matches!(read_secret_file("/dev/null".as_ref()), Err(SecretFileError::NotRegular { .. })));
-    fs::remove_file(&path).unwrap();
-    assert!(matches!(read_secret_file(&path), Err(SecretFileError::Io { .. })));
-    assert!(Command::new("mkfifo").args(["-m", "600"]).arg(&path).status().unwrap().success());
-    assert!(matches!(read_secret_file(&path), Err(SecretFileError::NotRegular { .. })));
 }
 
 // ---- the other process
@@ -790,6 +761,27 @@ fn child() {
             say("\nready\n");
             std::thread::sleep(Duration::from_secs(60));
         }
+        "change" | "unblock" => {
+            let mut pin: u32 = std::env::var(CHILD_PIN).unwrap().parse().unwrap();
+            let claim = directory.claim(DATABASE.as_ref(), &card("")).unwrap();
+            let (data, ..) =
+                ReferenceData::of_card(&directory, &claim, None, None, Secret::default(), 3).unwrap();
+            let store = Store::with(|_| Ok(()));
+            say("\nready\n");
+            loop {
+                if what == "change" {
+                    drop(data.change(&numbered(pin), &numbered(pin + 1), &store).unwrap());
+                } else {
+                    data.unblock(&PUK.into(), &numbered(pin + 1)).unwrap();
+                }
+                pin += 1;
+                say(&format!("pin {pin}\n"));
+            }
+        }
+        "read" => match read_secret_file(std::env::var_os(CHILD_FILE).unwrap().as_ref()) {
+            Ok(secret) => say(&format!("\nread {}\n", std::str::from_utf8(secret.expose()).unwrap())),
+            Err(error) => say(&format!("\nread error: {error}\n")),
+        },
         "unwritable" => refused(&data),
         "tmpfs" => {
             say("\nmounted\n");
@@ -803,13 +795,21 @@ fn child() {
 
             let claim = directory.claim(DATABASE.as_ref(), &card("")).unwrap();
             drop(claim);
+            // As a card has it that was claimed before identities were kept.
+            let states = fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().path());
+            let of_card = states.filter(|path| {
+                let name = path.file_name().unwrap().to_str().unwrap();
+                name.starts_with("card-") && name.ends_with(".state")
+            });
+            of_card.for_each(|path| fs::remove_file(path).unwrap());
             let mut mount = Command::new("mount");
             assert!(mount.args(["-o", "remount,bind,ro"]).arg(&place).status().unwrap().success());
             refused(&data);
             assert!(data.reset_tries().is_err());
             assert_eq!(data.tries_left().unwrap(), 13);
             // The card is there all the same.
-            directory.claim(DATABASE.as_ref(), &card("")).unwrap();
+            let claim = directory.claim(DATABASE.as_ref(), &card("")).unwrap();
+            assert_eq!(claim.id(), &card(""));
             directory.claim(DATABASE.as_ref(), &card("new")).unwrap_err();
         }
         other => panic!("{other}"),
@@ -839,7 +839,11 @@ fn in_child(what: &str, place: &Place) -> Command {
 
 /// Starts a child and waits until it says that it is ready.
 fn start(what: &str, place: &Place) -> (Child, BufReader<ChildStdout>) {
-    let mut child = in_child(what, place).stdout(Stdio::piped()).spawn().unwrap();
+    started(&mut in_child(what, place))
+}
+
+fn started(command: &mut Command) -> (Child, BufReader<ChildStdout>) {
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     while line != "ready\n" {
@@ -884,13 +888,53 @@ impl Place {
         &self,
         claim: &CardClaim,
         initial: Option<&Secret>,
-    ) -> Result<(ReferenceData, InitialPin), StateError> {
-        ReferenceData::of_card(&self.directory, claim, initial, Secret::from(&b"host"[..]), 3)
+    ) -> Result<(ReferenceData, Initial), StateError> {
+        self.own_with_puk(claim, initial, None).map(|(data, pin, _)| (data, pin))
+    }
+
+    fn own_with_puk(
+        &self,
+        claim: &CardClaim,
+        pin: Option<&Secret>,
+        puk: Option<&Secret>,
+    ) -> Result<(ReferenceData, Initial, Initial), StateError> {
+        ReferenceData::of_card(&self.directory, claim, pin, puk, Secret::from(&b"host"[..]), 3)
     }
 
     fn state_file(&self) -> PathBuf {
         only_file(self.directory.path(), "state")
     }
+}
+
+/// A card with the PIN `RIGHT` and the PUK `PUK`, on disk or in memory.
+struct Case {
+    data: ReferenceData,
+    _place: Place,
+}
+
+impl Case {
+    fn all() -> [Self; 2] {
+        let (place, elsewhere) = (Place::new(), Place::new());
+        let (on_disk, ..) =
+            place.own_with_puk(&place.claim(""), Some(&RIGHT.into()), Some(&PUK.into())).unwrap();
+        let in_memory = ReferenceData::in_memory_own(&RIGHT.into(), Some(&PUK.into()), 3).unwrap();
+        [Self { data: on_disk, _place: place }, Self { data: in_memory, _place: elsewhere }]
+    }
+
+    /// Takes what the host gave: in memory, that is the first PIN.
+    fn store() -> Store {
+        Store::with(
+            |secret| if secret == b"host" || secret == RIGHT { Ok(()) } else { Err(UnlockError::Wrong) },
+        )
+    }
+}
+
+fn numbered(pin: u32) -> Secret {
+    Secret::new(format!("{pin:08}").into_bytes())
+}
+
+fn sha256(text: &str) -> String {
+    sha2::Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn only_file(directory: &Path, extension: &str) -> PathBuf {

@@ -1,0 +1,543 @@
+//! Reference data: what a PIN is compared with, and how many tries are left.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+use vscard_protocol::Secret;
+
+use crate::keys::{KeyStore, UnlockError, Unlocked};
+use crate::state::{CardClaim, CardId, Contents, LockedRecord, Record, StateDirectory, StateError};
+
+mod hash;
+mod secret_file;
+
+use hash::Cost;
+pub(crate) use hash::PinHash;
+pub use secret_file::{SecretFileError, read_secret_file};
+
+/// How many wrong PINs (or PUKs) in a row block a card, unless said otherwise. What can be said is 1 to 15, as the status
+/// word `63CX` counts (ISO/IEC 7816-4 §5.1.3); a number outside is taken as the nearest.
+pub const DEFAULT_TRIES: u8 = 3;
+
+/// Why VERIFY, CHANGE REFERENCE DATA or RESET RETRY COUNTER did not succeed.
+#[derive(Debug, Error)]
+pub enum PinError {
+    /// Compared and wrong; `left` tries remain.
+    #[error("wrong PIN, {left} tries left")]
+    Wrong {
+        /// Tries that remain.
+        left: u8,
+    },
+    /// No tries are left.
+    #[error("the PIN is blocked")]
+    Blocked,
+    /// The counter could not be read or written, so the PIN was not compared.
+    #[error("the PIN's state is not usable: {0}")]
+    State(#[from] StateError),
+    /// The PIN could not be compared (the key store failed); no try was used.
+    #[error("{0}")]
+    NotChecked(String),
+    /// There is no such reference data, or it is not the card's to change: no PUK, a PIN that is the store's own
+    /// password, any PIN.
+    #[error("this PIN cannot be changed from the card")]
+    NotSupported,
+    /// A new PIN or PUK that a card cannot have; no try was used.
+    #[error(transparent)]
+    Unfit(#[from] CardPinError),
+}
+
+/// Why a PIN or PUK cannot be a card's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum CardPinError {
+    /// Not 4 to 8 bytes.
+    #[error("a card's own PIN has 4 to 8 bytes")]
+    Length,
+    /// A byte that pads a PIN, or ends a string: no guest can type it.
+    #[error("a card's own PIN contains no byte 00 or FF")]
+    Byte,
+    /// Not 8 bytes, or nothing but padding.
+    #[error("a PUK has exactly 8 bytes, not all of them FF")]
+    Puk,
+}
+
+/// What became of the PIN or PUK given to [`ReferenceData::of_card`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Initial {
+    /// The card had none, and this is it now.
+    Created,
+    /// The card has one already, so the given one was ignored: the caller says so.
+    Ignored,
+    /// None was given.
+    NotGiven,
+}
+
+/// What a card compares a PIN with, and the counter of tries that goes with it; for a card with a PIN of its own,
+/// perhaps also a PUK with a counter of its own.
+///
+/// The try is used before the PIN is compared and given back after it proved right, all under a lock and each step
+/// on disk before the next: a process killed at any moment, or two that guess at once, gain no try. A new PIN is
+/// written together with the try given back: it is the old one or the new one that counts, whenever the process dies.
+///
+/// ```no_run
+/// # fn example(store: &dyn emulated_card::keys::KeyStore) -> Result<(), Box<dyn std::error::Error>> {
+/// use emulated_card::pin::{DEFAULT_TRIES, ReferenceData};
+/// use emulated_card::state::StateDirectory;
+///
+/// let directory = StateDirectory::of_user()?;
+/// let data = ReferenceData::of_database(&directory, "/home/alice/.pki/nssdb".as_ref(), DEFAULT_TRIES);
+/// let login = data.verify(&vscard_protocol::Secret::from(&b"123456"[..]), store)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct ReferenceData {
+    kind: Kind,
+    tries: u8,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// The PIN is the store's own password.
+    Store(Place),
+    /// The PIN is the card's own; the host has the store's password.
+    Card { place: Place, store_password: Secret },
+    /// Any PIN is right.
+    Any { store_password: Secret },
+}
+
+/// Where counters and hashes are.
+#[derive(Debug)]
+enum Place {
+    Disk(Record),
+    Memory(Box<Mutex<Contents>>),
+}
+
+impl ReferenceData {
+    /// The PIN is the store's own password. One counter per database, shared by every card and process on it.
+    ///
+    /// `database` is the canonical path. A damaged state is no error here; it refuses each VERIFY.
+    pub fn of_database(directory: &StateDirectory, database: &Path, tries: u8) -> Self {
+        Self::new(Kind::Store(Place::Disk(Record::of_database(directory, database))), tries)
+    }
+
+    /// The PIN is the card's own, a hash in the card's state, made from `pin` if there is none yet; and so is the
+    /// PUK, of a card that has one. The store is unlocked with `store_password`, which the host gave (empty for a
+    /// store without one).
+    ///
+    /// The counters are the card's own, too. Tells what became of `pin` and of `puk`.
+    ///
+    /// # Errors
+    /// [`StateError::NoPin`] if there is neither state nor `pin`, [`StateError::CardPin`] if `pin` or `puk` is
+    /// needed and unfit, or state that is damaged or cannot be made.
+    pub fn of_card(
+        directory: &StateDirectory,
+        claim: &CardClaim,
+        pin: Option<&Secret>,
+        puk: Option<&Secret>,
+        store_password: Secret,
+        tries: u8,
+    ) -> Result<(Self, Initial, Initial), StateError> {
+        let record = Record::of_card(directory, claim.database(), claim.id());
+        // Nobody else gives this card a PIN or PUK while the claim is held.
+        let kept = record.read()?.unwrap_or_default();
+        if kept.pin.is_none() && pin.is_none() {
+            return Err(StateError::NoPin { database: claim.database().to_owned() });
+        }
+        let new_pin = first(kept.pin.as_ref(), pin, check_card_pin)?;
+        let new_puk = first(kept.puk.as_ref(), puk, check_puk)?;
+        let outcomes = (outcome(pin, new_pin.as_ref()), outcome(puk, new_puk.as_ref()));
+        if new_pin.is_some() || new_puk.is_some() {
+            let locked = record.lock()?;
+            let now = locked.read()?.unwrap_or_default();
+            locked.write(&Contents { pin: new_pin.or(now.pin), puk: new_puk.or(now.puk), ..now })?;
+        }
+        let kind = Kind::Card { place: Place::Disk(record), store_password };
+        Ok((Self::new(kind, tries), outcomes.0, outcomes.1))
+    }
+
+    /// Whether the card has a PIN of its own already.
+    ///
+    /// # Errors
+    /// State that is damaged or cannot be read.
+    pub fn card_has_pin(directory: &StateDirectory, claim: &CardClaim) -> Result<bool, StateError> {
+        Ok(Record::of_card(directory, claim.database(), claim.id())
+            .read()?
+            .is_some_and(|contents| contents.pin.is_some()))
+    }
+
+    /// Gives a card with a PIN of its own all its tries back, for PIN and PUK, without a claim: some process may
+    /// have it open. Tells whether there was a PIN.
+    ///
+    /// # Errors
+    /// State that is damaged or cannot be written.
+    pub fn reset_card_tries(
+        directory: &StateDirectory,
+        database: &Path,
+        id: &CardId,
+    ) -> Result<bool, StateError> {
+        reset(&Record::of_card(directory, database, id))
+    }
+
+    /// Any PIN is right, and nothing is counted. The store is unlocked with `store_password`.
+    pub fn any(store_password: Secret) -> Self {
+        Self::new(Kind::Any { store_password }, DEFAULT_TRIES)
+    }
+
+    /// The PIN is the store's own password, the counter in memory only. For tests and benches.
+    pub fn in_memory(tries: u8) -> Self {
+        Self::new(Kind::Store(Place::Memory(Box::default())), tries)
+    }
+
+    /// A card's own PIN and PUK as [`of_card`](Self::of_card) has them, in memory only; the store's password is
+    /// what the PIN is at first. For tests and benches.
+    ///
+    /// # Errors
+    /// [`StateError::CardPin`].
+    pub fn in_memory_own(pin: &Secret, puk: Option<&Secret>, tries: u8) -> Result<Self, StateError> {
+        check_card_pin(pin)?;
+        puk.map_or(Ok(()), check_puk)?;
+        let hash = |secret| PinHash::of(secret, Cost::Memory).map_err(StateError::Hash);
+        let contents =
+            Contents { pin: Some(hash(pin)?), puk: puk.map(hash).transpose()?, ..Contents::default() };
+        let place = Place::Memory(Box::new(Mutex::new(contents)));
+        Ok(Self::new(Kind::Card { place, store_password: pin.clone() }, tries))
+    }
+
+    fn new(kind: Kind, tries: u8) -> Self {
+        Self { kind, tries: tries.clamp(1, 15) }
+    }
+
+    /// Compares `pin`, and logs in to `store` if it is right. Blocks: on the disk, on the store, and on another
+    /// VERIFY of the same reference data, for up to 5 seconds.
+    ///
+    /// # Errors
+    /// [`PinError`]. A [`PinError::State`] after the comparison (the try could not be given back) leaves the try
+    /// used and nobody logged in. A store that says its password is locked is [`PinError::Blocked`] with the try
+    /// used, since it may have compared.
+    pub fn verify(&self, pin: &Secret, store: &dyn KeyStore) -> Result<Box<dyn Unlocked>, PinError> {
+        match &self.kind {
+            Kind::Any { store_password } => {
+                unlock_by_host(store, store_password).map_err(PinError::NotChecked)
+            }
+            Kind::Store(_) if !store.needs_secret() => {
+                // Such a store takes any PIN; a card over it must not, unless told to.
+                Err(PinError::NotChecked("the database has no password to compare the PIN with".into()))
+            }
+            Kind::Store(place) => {
+                self.count(&mut *place.lock()?, PIN, |_| store.unlock(pin).map_err(Failure::from))
+            }
+            Kind::Card { place, store_password } => self.count(&mut *place.lock()?, PIN, |contents| {
+                compare(contents.pin.as_ref(), pin)?;
+                unlock_by_host(store, store_password).map_err(Failure::NotChecked)
+            }),
+        }
+    }
+
+    /// CHANGE REFERENCE DATA for the PIN: compares `old` as [`verify`](Self::verify) does, with the same counter, and
+    /// if it is right makes `new` the card's own PIN. The login is that of a VERIFY.
+    ///
+    /// `new` is without padding. A card application that takes fewer PINs than [`check_card_pin`] does (PIV: six to
+    /// eight digits, SP 800-73-4 Part 2 §2.4.3) refuses the others before it calls this.
+    ///
+    /// # Errors
+    /// [`PinError`]; with [`PinError::NotSupported`] and [`PinError::Unfit`] nothing was compared.
+    pub fn change(
+        &self,
+        old: &Secret,
+        new: &Secret,
+        store: &dyn KeyStore,
+    ) -> Result<Box<dyn Unlocked>, PinError> {
+        let Kind::Card { place, store_password } = &self.kind else { return Err(PinError::NotSupported) };
+        check_card_pin(new)?;
+        self.count(&mut *place.lock()?, PIN, |contents| {
+            compare(contents.pin.as_ref(), old)?;
+            contents.pin = Some(PinHash::of(new, place.cost()).map_err(Failure::NotChecked)?);
+            unlock_by_host(store, store_password).map_err(Failure::NotChecked)
+        })
+    }
+
+    /// CHANGE REFERENCE DATA for the PUK: compares `old` with a counter of its own, and makes `new` the PUK.
+    ///
+    /// # Errors
+    /// As [`change`](Self::change), about the PUK.
+    pub fn change_puk(&self, old: &Secret, new: &Secret) -> Result<(), PinError> {
+        let place = self.place_of_puk()?;
+        check_puk(new)?;
+        self.count(&mut *place.lock()?, PUK, |contents| {
+            compare(contents.puk.as_ref(), old)?;
+            contents.puk = Some(PinHash::of(new, place.cost()).map_err(Failure::NotChecked)?);
+            Ok(())
+        })
+    }
+
+    /// RESET RETRY COUNTER: compares `puk`, and if it is right makes `new` the PIN with all its tries. Nobody is
+    /// logged in by that. What `new` may be is as for [`change`](Self::change).
+    ///
+    /// # Errors
+    /// As [`change`](Self::change), about the PUK.
+    pub fn unblock(&self, puk: &Secret, new: &Secret) -> Result<(), PinError> {
+        let place = self.place_of_puk()?;
+        check_card_pin(new)?;
+        self.count(&mut *place.lock()?, PUK, |contents| {
+            compare(contents.puk.as_ref(), puk)?;
+            contents.pin = Some(PinHash::of(new, place.cost()).map_err(Failure::NotChecked)?);
+            contents.left = None;
+            Ok(())
+        })
+    }
+
+    /// Logs in to `store` without a PIN, for keys that ask for none (SP 800-73-4 Part 1 §3.1.4, card authentication):
+    /// possible where the store has no secret, or the host gave it.
+    ///
+    /// # Errors
+    /// [`PinError::NotSupported`] where the store is behind the PIN itself; [`PinError::NotChecked`].
+    pub fn without_pin(&self, store: &dyn KeyStore) -> Result<Box<dyn Unlocked>, PinError> {
+        match &self.kind {
+            Kind::Any { store_password } | Kind::Card { store_password, .. } => {
+                unlock_by_host(store, store_password).map_err(PinError::NotChecked)
+            }
+            Kind::Store(_) if store.needs_secret() => Err(PinError::NotSupported),
+            Kind::Store(_) => unlock_by_host(store, &Secret::default()).map_err(PinError::NotChecked),
+        }
+    }
+
+    /// Tries that are left; blocked is 0. With [`any`](Self::any), always the default.
+    ///
+    /// # Errors
+    /// [`PinError::State`] if the state is damaged or cannot be read.
+    pub fn tries_left(&self) -> Result<u8, PinError> {
+        match &self.kind {
+            Kind::Any { .. } => Ok(self.tries),
+            Kind::Store(place) | Kind::Card { place, .. } => Ok(self.left(place.read()?.left)),
+        }
+    }
+
+    /// Tries of the PUK that are left; blocked is 0.
+    ///
+    /// # Errors
+    /// [`PinError::NotSupported`] without a PUK; [`PinError::State`] as for [`tries_left`](Self::tries_left).
+    pub fn puk_tries_left(&self) -> Result<u8, PinError> {
+        Ok(self.left(self.place_of_puk()?.read()?.puk_left))
+    }
+
+    /// Gives all tries of PIN and PUK back, for every process on this reference data. Tells whether there was any
+    /// state: a PIN that was never tried has none.
+    ///
+    /// # Errors
+    /// State that is damaged (nothing is repaired), missing for a card with a PIN of its own, or not writable.
+    pub fn reset_tries(&self) -> Result<bool, StateError> {
+        match &self.kind {
+            Kind::Any { .. } => Ok(false),
+            Kind::Store(Place::Memory(contents)) | Kind::Card { place: Place::Memory(contents), .. } => {
+                let mut contents = lock(contents);
+                let (pin, puk) = (contents.left.take(), contents.puk_left.take());
+                Ok(pin.or(puk).is_some())
+            }
+            Kind::Store(Place::Disk(record)) | Kind::Card { place: Place::Disk(record), .. } => {
+                record.read_existing()?;
+                reset(record)
+            }
+        }
+    }
+
+    /// Where a PUK is; it never goes away again, so a look without the lock is enough.
+    fn place_of_puk(&self) -> Result<&Place, PinError> {
+        match &self.kind {
+            Kind::Card { place, .. } if place.read()?.puk.is_some() => Ok(place),
+            _ => Err(PinError::NotSupported),
+        }
+    }
+
+    /// Another opener may grant more; what it left counts here only up to what is granted here.
+    fn left(&self, counter: Option<u8>) -> u8 {
+        counter.unwrap_or(self.tries).min(self.tries)
+    }
+
+    /// Does `compare` with a try of `counter` used, and gives it back after success, with all that `compare`
+    /// changed.
+    fn count<T>(
+        &self,
+        slot: &mut dyn Slot,
+        counter: Counter,
+        compare: impl FnOnce(&mut Contents) -> Result<T, Failure>,
+    ) -> Result<T, PinError> {
+        let before = slot.read()?;
+        let mut now = before.clone();
+        let left = self.left(*counter(&mut now)).checked_sub(1).ok_or(PinError::Blocked)?;
+        *counter(&mut now) = Some(left);
+        slot.write(&now)?;
+        match compare(&mut now) {
+            Ok(done) => {
+                *counter(&mut now) = None;
+                // If this fails, `done` is dropped (a login, logged out), and the try stays used.
+                slot.write(&now)?;
+                Ok(done)
+            }
+            Err(Failure::Wrong) => Err(PinError::Wrong { left }),
+            Err(Failure::Locked) => Err(PinError::Blocked),
+            Err(Failure::NotChecked(cause)) => {
+                slot.write(&before)?;
+                Err(PinError::NotChecked(cause))
+            }
+        }
+    }
+}
+
+/// Which counter of a state is meant.
+type Counter = fn(&mut Contents) -> &mut Option<u8>;
+
+const PIN: Counter = |contents| &mut contents.left;
+const PUK: Counter = |contents| &mut contents.puk_left;
+
+fn compare(hash: Option<&PinHash>, secret: &Secret) -> Result<(), Failure> {
+    match hash.map(|hash| hash.matches(secret)) {
+        Some(Ok(true)) => Ok(()),
+        Some(Ok(false)) => Err(Failure::Wrong),
+        Some(Err(cause)) => Err(Failure::NotChecked(cause)),
+        None => Err(Failure::NotChecked("the card has no PIN".into())),
+    }
+}
+
+impl Place {
+    fn read(&self) -> Result<Contents, StateError> {
+        match self {
+            Self::Disk(record) => record.read_existing(),
+            Self::Memory(contents) => Ok(lock(contents).clone()),
+        }
+    }
+
+    fn lock(&self) -> Result<Box<dyn Slot + '_>, StateError> {
+        Ok(match self {
+            Self::Disk(record) => Box::new(record.lock()?),
+            Self::Memory(contents) => Box::new(lock(contents)),
+        })
+    }
+
+    fn cost(&self) -> Cost {
+        match self {
+            Self::Disk(_) => Cost::Disk,
+            Self::Memory(_) => Cost::Memory,
+        }
+    }
+}
+
+/// The hash of a `given` PIN or PUK that is the card's first.
+fn first(
+    kept: Option<&PinHash>,
+    given: Option<&Secret>,
+    check: fn(&Secret) -> Result<(), CardPinError>,
+) -> Result<Option<PinHash>, StateError> {
+    let Some(secret) = given.filter(|_| kept.is_none()) else { return Ok(None) };
+    check(secret)?;
+    PinHash::of(secret, Cost::Disk).map(Some).map_err(StateError::Hash)
+}
+
+fn outcome(given: Option<&Secret>, made: Option<&PinHash>) -> Initial {
+    match (given, made) {
+        (None, _) => Initial::NotGiven,
+        (Some(_), None) => Initial::Ignored,
+        (Some(_), Some(_)) => Initial::Created,
+    }
+}
+
+/// Checks that `pin` can be a card's own: 4 to 8 bytes, none of them 00 or FF.
+///
+/// # Errors
+/// [`CardPinError`].
+pub fn check_card_pin(pin: &Secret) -> Result<(), CardPinError> {
+    if !(4..=8).contains(&pin.len()) {
+        Err(CardPinError::Length)
+    } else if pin.expose().iter().any(|byte| matches!(byte, 0x00 | 0xff)) {
+        Err(CardPinError::Byte)
+    } else {
+        Ok(())
+    }
+}
+
+/// Checks that `puk` can be a card's: exactly 8 bytes (SP 800-73-4 Part 2 §2.4.3), any but eight times the padding.
+///
+/// # Errors
+/// [`CardPinError::Puk`].
+pub fn check_puk(puk: &Secret) -> Result<(), CardPinError> {
+    if puk.len() == 8 && puk.expose() != [0xff; 8] { Ok(()) } else { Err(CardPinError::Puk) }
+}
+
+/// Where contents are read and written while nobody else can.
+trait Slot {
+    fn read(&self) -> Result<Contents, StateError>;
+    fn write(&mut self, contents: &Contents) -> Result<(), StateError>;
+}
+
+impl Slot for LockedRecord<'_> {
+    fn read(&self) -> Result<Contents, StateError> {
+        self.read_existing()
+    }
+
+    fn write(&mut self, contents: &Contents) -> Result<(), StateError> {
+        LockedRecord::write(self, contents)
+    }
+}
+
+impl Slot for MutexGuard<'_, Contents> {
+    fn read(&self) -> Result<Contents, StateError> {
+        Ok((**self).clone())
+    }
+
+    fn write(&mut self, contents: &Contents) -> Result<(), StateError> {
+        contents.clone_into(self);
+        Ok(())
+    }
+}
+
+enum Failure {
+    Wrong,
+    Locked,
+    NotChecked(String),
+}
+
+impl From<UnlockError> for Failure {
+    fn from(error: UnlockError) -> Self {
+        match error {
+            UnlockError::Wrong => Self::Wrong,
+            UnlockError::Locked => Self::Locked,
+            UnlockError::NotChecked(cause) => Self::NotChecked(cause),
+        }
+    }
+}
+
+/// A password of the host's that is refused says nothing about the guest's PIN.
+fn unlock_by_host(store: &dyn KeyStore, password: &Secret) -> Result<Box<dyn Unlocked>, String> {
+    store.unlock(password).map_err(|error| match error {
+        UnlockError::NotChecked(cause) => cause,
+        refused => format!("the key store refused the host's password: {refused}"),
+    })
+}
+
+fn reset(record: &Record) -> Result<bool, StateError> {
+    let locked = record.lock()?;
+    match locked.read()? {
+        Some(contents) if record.has_counter(&contents) => {
+            locked.write(&Contents { left: None, puk_left: None, ..contents }).map(|()| true)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// A panic in the store leaves the try used, which is what the counter says already.
+fn lock(contents: &Mutex<Contents>) -> MutexGuard<'_, Contents> {
+    contents.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reference_data_can_be_shared_and_shows_no_secret() {
+        fn shared<T: Send + Sync>() {}
+        shared::<ReferenceData>();
+        let shown = format!("{:?}", ReferenceData::any(Secret::from(&b"hunter2"[..])));
+        assert!(!shown.contains("hunter2"), "{shown}");
+    }
+}

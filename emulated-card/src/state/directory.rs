@@ -1,0 +1,105 @@
+//! The files of the state directory, and locks on them.
+
+use std::fs::{DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::StateError;
+use super::format::MAX_FILE;
+
+/// The state directory, open: what is done in one VERIFY is done in one directory, even if it is moved meanwhile.
+pub(super) struct Directory {
+    pub(super) file: File,
+    pub(super) path: PathBuf,
+}
+
+impl Directory {
+    /// Opens a file that is a plain one, ours, and not open to others' writing.
+    pub(super) fn open_file(
+        &self,
+        name: &str,
+        flags: OFlags,
+        refused: fn(PathBuf, &'static str) -> StateError,
+    ) -> Result<File, StateError> {
+        let refused = |what| refused(self.path.join(name), what);
+        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match rustix::fs::openat(&self.file, name, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(fd) => File::from(fd),
+            Err(Errno::LOOP) => return Err(refused("is a symbolic link")),
+            Err(errno) => return Err(self.io_error(name, "open", errno.into())),
+        };
+        let metadata = file.metadata().map_err(|source| self.io_error(name, "look at", source))?;
+        if !metadata.is_file() {
+            return Err(refused("is not a regular file"));
+        }
+        if metadata.uid() != rustix::process::geteuid().as_raw() {
+            return Err(refused("belongs to another user"));
+        }
+        if metadata.mode() & 0o022 != 0 {
+            return Err(refused("can be written to by others"));
+        }
+        if metadata.len() > MAX_FILE {
+            return Err(refused("is too long"));
+        }
+        Ok(file)
+    }
+
+    pub(super) fn open_lock_file(&self, name: &str, access: OFlags) -> Result<File, StateError> {
+        // NFS wants write access for an exclusive lock.
+        let flags = access | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
+        self.open_file(name, flags, |path, what| StateError::LockFile { path, what })
+    }
+
+    pub(super) fn io_error(&self, name: &str, what: &'static str, source: io::Error) -> StateError {
+        StateError::Io { path: self.path.join(name), what, source }
+    }
+}
+
+/// An exclusive lock. It belongs to the open file, so that it excludes other threads as it does other processes.
+#[derive(Debug)]
+pub(super) struct FileLock(pub(super) File);
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        // Closing is not enough: a child between fork and exec shares the open file, and with it the lock.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+/// Takes the exclusive lock, unless another has it.
+pub(super) fn try_lock(file: &File) -> io::Result<bool> {
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+pub(super) fn make_directory(path: &Path) -> io::Result<()> {
+    let parent =
+        path.parent().map(|parent| if parent.as_os_str().is_empty() { Path::new(".") } else { parent });
+    let create = || match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    };
+    match (create(), parent) {
+        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound && !parent.exists() => {
+            make_directory(parent)?;
+            create()?;
+        }
+        (result, _) => result?,
+    }
+    // A counter is no more durable than the directories it is in.
+    match parent.map_or(Ok(()), |parent| File::open(parent)?.sync_all()) {
+        // One that can be searched and not read cannot be opened; it was there before us.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        other => other,
+    }
+}
