@@ -101,20 +101,12 @@ fn certificate_object(slot: PivSlot) -> u8 {
     }
 }
 
-/// The card's GUID: a UUID made of its identity (RFC 9562 §5.8). Windows looks at the first 13 bytes only.
-fn guid(id: &CardId) -> [u8; 16] {
-    let mut guid = [0; 16];
-    guid.copy_from_slice(&id.bytes()[..16]);
-    guid[6] = guid[6] & 0x0F | 0x80;
-    guid[8] = guid[8] & 0x3F | 0x80;
-    guid
-}
-
-/// Card holder unique identifier: FASC-N, GUID, expiry, no issuer's signature.
+/// Card holder unique identifier: FASC-N, GUID, expiry, no issuer's signature. Windows looks at the first 13 bytes of
+/// the GUID only, OpenSC at the last 8.
 fn chuid(id: &CardId) -> Vec<u8> {
     [
         ber(&[0x30], &FASC_N),
-        ber(&[0x34], &guid(id)),
+        ber(&[0x34], &id.guid()),
         // The card itself never expires, only its certificates do.
         ber(&[0x35], b"20991231"),
         ber(&[0x3E], &[]),
@@ -126,7 +118,7 @@ fn chuid(id: &CardId) -> Vec<u8> {
 /// Card capability container. No card URLs: OpenSC would take them for those of a CAC.
 fn capabilities(id: &CardId) -> Vec<u8> {
     // RID of GSC-IS, manufacturer, card type (02: Java card), and what tells this card.
-    let identifier = [&[0xA0, 0x00, 0x00, 0x01, 0x16, 0xFF, 0x02][..], &id.bytes()[16..30]].concat();
+    let identifier = [&[0xA0, 0x00, 0x00, 0x01, 0x16, 0xFF, 0x02][..], &id.card_identifier()].concat();
     [
         ber(&[0xF0], &identifier),
         // Container and grammar version 2.1, no card URLs, no PKCS#15, data model 10.
@@ -140,7 +132,7 @@ fn capabilities(id: &CardId) -> Vec<u8> {
 
 /// What would be printed on the card.
 fn printed_information(holder: &str, id: &CardId) -> Vec<u8> {
-    let serial: String = guid(id)[..10].iter().map(|byte| format!("{byte:02X}")).collect();
+    let serial: String = id.guid()[..10].iter().map(|byte| format!("{byte:02X}")).collect();
     // A field of 125 bytes, and no character cut in two.
     let fits = (0..=holder.len().min(125)).rev().find(|end| holder.is_char_boundary(*end));
     let name = &holder[..fits.unwrap_or(0)];
