@@ -91,6 +91,13 @@ fn new_card(settings: &str) -> EmulatedCard {
             ("profile", _) => profile = value.parse().unwrap(),
             ("keys", _) => piv_keys = Some(keys(value)),
             ("pin", "any") => reference = ReferenceData::any(Secret::from(PIN)),
+            ("pin", "own") => {
+                let puk = Secret::from(&b"12345678"[..]);
+                reference = ReferenceData::in_memory_own(&Secret::from(PIN), Some(&puk), 3).unwrap();
+            }
+            ("pin", "own-without-puk") => {
+                reference = ReferenceData::in_memory_own(&Secret::from(PIN), None, 3).unwrap();
+            }
             ("state", "unusable") => {
                 let nowhere = StateDirectory::at("/dev/null/nowhere");
                 reference = ReferenceData::of_database(&nowhere, "/nowhere".as_ref(), 3);

@@ -8,9 +8,13 @@ type Seed = (&'static str, Vec<Vec<u8>>);
 
 fn main() -> io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
-    for (target, seeds) in
-        [("ccid", ccid()), ("usbredir", usbredir()), ("usbip", usbip()), ("vscard", vscard())]
-    {
+    for (target, seeds) in [
+        ("card", card()),
+        ("ccid", ccid()),
+        ("usbredir", usbredir()),
+        ("usbip", usbip()),
+        ("vscard", vscard()),
+    ] {
         let directory = root.join(target);
         fs::create_dir_all(&directory)?;
         for (name, pieces) in seeds {
@@ -928,6 +932,151 @@ fn vscard() -> Vec<Seed> {
         (
             "both-tampered",
             vec![bring_up(), bytes(&[6, 1, 8, 0, 0]), bytes(&[4, 3]), bytes(&[6, 1, 3, 0, 1]), bytes(&[7])],
+        ),
+    ]
+}
+
+// ---- an emulated card -------------------------------------------------------------------------------------
+
+const DUAL: [u8; 2] = [0, 0];
+const OPEN_PIV: [u8; 2] = [1, 1];
+const CAC: [u8; 2] = [2, 0];
+
+fn apdu(apdu: &[u8]) -> Vec<u8> {
+    [&[0], &block(apdu)[..]].concat()
+}
+
+/// VERIFY with the right PIN, 0 for PIV and 1 for a CAC.
+fn pin(applet: u8) -> Vec<u8> {
+    vec![3, applet]
+}
+
+fn get_response(le: u8) -> Vec<u8> {
+    vec![4, le]
+}
+
+/// GENERAL AUTHENTICATE: not the last of a chain?, algorithm, key, tag (by number), value.
+fn authenticate(piece: u8, algorithm: u8, key: u8, tag: u8, value: &[u8]) -> Vec<u8> {
+    [&[2, piece, algorithm, key, tag], &block(value)[..]].concat()
+}
+
+fn object(tag: &[u8], le: u8) -> Vec<u8> {
+    let length = tag.len() as u8;
+    apdu(&[&[0x00, 0xCB, 0x3F, 0xFF, length + 2, 0x5C, length], tag, &[le]].concat())
+}
+
+fn select_application(aid: &[u8]) -> Vec<u8> {
+    apdu(&[&[0x00, 0xA4, 0x04, 0x00, aid.len() as u8], aid, &[0x00]].concat())
+}
+
+fn card() -> Vec<Seed> {
+    let (logout, reset) = (vec![5], vec![6]);
+    let piv = select_application(&[0xA0, 0x00, 0x00, 0x03, 0x08, 0x00, 0x00, 0x10, 0x00]);
+    let pki = select_application(&[0xA0, 0x00, 0x00, 0x00, 0x79, 0x01, 0x00]);
+    let certificate = [0x5F, 0xC1, 0x05];
+    let point = |coordinate: usize| [&[0x04], &vec![9; 2 * coordinate][..]].concat();
+    let raw = [&[0x7C, 0x81, 0x85, 0x82, 0x00, 0x81, 0x81, 0x80][..], &[1; 128]].concat();
+    let piece = |class: u8, data: &[u8]| apdu(&[&[class, 0x87, 0x06, 0x9A, data.len() as u8], data].concat());
+    let verify =
+        |reference: u8, body: &[u8]| apdu(&[&[0x00, 0x20, 0x00, reference, body.len() as u8], body].concat());
+    vec![
+        ("rsa", vec![DUAL.into(), pin(0), authenticate(0, 0, 0, 0, &[1; 128]), get_response(0)]),
+        ("rsa-unverified", vec![DUAL.into(), authenticate(0, 0, 0, 0, &[1; 128])]),
+        (
+            "chain",
+            vec![DUAL.into(), pin(0), piece(0x10, &raw[..100]), piece(0x00, &raw[100..]), get_response(8)],
+        ),
+        (
+            "chain-broken",
+            vec![DUAL.into(), pin(0), piece(0x10, &raw[..100]), pin(0), piece(0x00, &raw[100..])],
+        ),
+        (
+            "chain-long",
+            vec![DUAL.into(), [&[1, 2, 0x87, 6, 0x9A, 0], &long(&[0x7C], 8000)[..]].concat(), piece(0, &raw)],
+        ),
+        (
+            "signature-key",
+            vec![
+                DUAL.into(),
+                pin(0),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+                logout.clone(),
+            ],
+        ),
+        (
+            "ecdsa",
+            vec![DUAL.into(), pin(0), authenticate(0, 1, 2, 0, &[0x80; 32]), authenticate(0, 1, 2, 0, &[1])],
+        ),
+        (
+            "ecdh",
+            vec![
+                DUAL.into(),
+                pin(0),
+                authenticate(0, 1, 2, 1, &point(32)),
+                authenticate(0, 2, 3, 1, &point(48)),
+            ],
+        ),
+        (
+            "card-authentication",
+            vec![OPEN_PIV.into(), authenticate(0, 2, 3, 0, &[3; 48]), authenticate(0, 0, 0, 0, &[1; 128])],
+        ),
+        ("random", vec![OPEN_PIV.into(), apdu(&[0x00, 0x87, 0x00, 0x9B, 4, 0x7C, 2, 0x81, 0, 0])]),
+        (
+            "failures",
+            vec![
+                DUAL.into(),
+                pin(0),
+                authenticate(0, 0, 0, 0, &[0xED; 128]),
+                authenticate(0, 0, 0, 0, &[0xEE; 128]),
+                authenticate(0, 0, 0, 0, &[1; 128]),
+            ],
+        ),
+        (
+            "objects",
+            vec![
+                OPEN_PIV.into(),
+                object(&[0x7E], 8),
+                get_response(12),
+                object(&certificate, 0),
+                get_response(0),
+                object(&[0x5F, 0xC1, 0x09], 0),
+                object(&[0x7F, 0x61], 0),
+            ],
+        ),
+        (
+            "wrong-pin",
+            vec![
+                DUAL.into(),
+                pin(0),
+                verify(0x80, b"12345678"),
+                verify(0x80, b"123456"),
+                apdu(&[0x00, 0x20, 0x00, 0x80]),
+                apdu(&[0x00, 0x20, 0xFF, 0x80]),
+            ],
+        ),
+        (
+            "change",
+            vec![
+                DUAL.into(),
+                apdu(&[&[0x00, 0x24, 0x00, 0x80, 16], &b"123456\xFF\xFF654321\xFF\xFF"[..]].concat()),
+                apdu(&[&[0x00, 0x24, 0x00, 0x81, 16], &b"1234567887654321"[..]].concat()),
+                apdu(&[&[0x00, 0x2C, 0x00, 0x80, 16], &b"12345678654321\xFF\xFF"[..]].concat()),
+            ],
+        ),
+        ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki, reset.clone()]),
+        (
+            "cac",
+            vec![
+                CAC.into(),
+                pin(1),
+                select_application(&[0xA0, 0x00, 0x00, 0x00, 0x79, 0x01, 0x00]),
+                apdu(&[0x80, 0x52, 0x00, 0x00, 0x02, 0x02, 0xF0, 0xF0]),
+                apdu(&[0x00, 0x56, 0x01, 0x00, 0x00]),
+                apdu(&[&[0x00, 0x42, 0x80, 0x00, 100], &[5; 100][..]].concat()),
+                apdu(&[&[0x00, 0x42, 0x00, 0x00, 28], &[5; 28][..], &[0x00]].concat()),
+                reset,
+            ],
         ),
     ]
 }

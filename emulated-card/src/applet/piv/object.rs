@@ -20,6 +20,7 @@ const CARD_AUTHENTICATION: u8 = 0x01;
 const CHUID: u8 = 0x02;
 const FINGERPRINTS: u8 = 0x03;
 const AUTHENTICATION: u8 = 0x05;
+const SECURITY: u8 = 0x06;
 const CAPABILITIES: u8 = 0x07;
 const FACIAL_IMAGE: u8 = 0x08;
 const PRINTED_INFORMATION: u8 = 0x09;
@@ -67,6 +68,8 @@ pub(super) fn objects(
         Object { tag: DISCOVERY.to_vec(), content: ber(&DISCOVERY, &discovery) },
         object(CHUID, &chuid(id)),
         object(CAPABILITIES, &capabilities(id)),
+        // Mandatory, so OpenSC's tools want one; as nobody signed the objects, it speaks of none.
+        object(SECURITY, &[&[0xBA, 0, 0xBB, 0][..], &END].concat()),
         object(PRINTED_INFORMATION, &printed_information(&holder, id)),
         // On this card, elsewhere, where elsewhere.
         object(KEY_HISTORY, &[&[0xC1, 1, retired, 0xC2, 1, 0, 0xF3, 0][..], &END].concat()),
@@ -98,7 +101,8 @@ fn certificate_object(slot: PivSlot) -> u8 {
     }
 }
 
-/// Card holder unique identifier: FASC-N, GUID, expiry, no issuer's signature.
+/// Card holder unique identifier: FASC-N, GUID, expiry, no issuer's signature. Windows looks at the first 13 bytes of
+/// the GUID only, OpenSC at the last 8.
 fn chuid(id: &CardId) -> Vec<u8> {
     [
         ber(&[0x30], &FASC_N),
