@@ -84,6 +84,14 @@ impl Pcscd {
         command.env("PCSCLITE_HP_DROPDIR", self.path("no-drivers"));
         let daemon = Process::spawn(command).context("pcscd of the package pcscd")?;
         daemon.line("daemon ready").await?;
+        // It says so shortly before it listens, and tells nobody when it does.
+        let answers = async {
+            while !self.words("guest-pcsc readers").await?.text.contains("00 01") {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            anyhow::Ok(())
+        };
+        within(None, LIMIT, "pcscd to answer", answers).await??;
         *self.daemon.lock().await = Some(daemon);
         Ok(())
     }

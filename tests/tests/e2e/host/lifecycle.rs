@@ -27,8 +27,9 @@ async fn a_reset_forgets_the_pin() -> Result<()> {
 async fn the_card_comes_back_to_a_restarted_pcscd() -> Result<()> {
     let bench = Bench::start(CAC).await?;
     for _ in 0..2 {
+        let mark = bench.card.mark();
         bench.pcscd.stop_daemon().await?;
-        bench.card.line("vpcd closed the connection").await?;
+        bench.card.line_after(mark, "vpcd closed the connection").await?;
         bench.pcscd.start_daemon().await?;
         bench.pcscd.card_in(0).await?;
         bench
@@ -44,9 +45,10 @@ async fn the_card_comes_back_to_a_restarted_pcscd() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_of_one_byte_does_not_stop_the_reader() -> Result<()> {
     let bench = Bench::start(CAC).await?;
+    let mark = bench.card.mark();
     bench.pcscd.words("guest-pcsc transmit 00").await?;
-    bench.card.line("a command of one byte").await?;
-    bench.card.line("card put in").await?;
+    bench.card.line_after(mark, "a command of one byte").await?;
+    bench.card.line_after(mark, "card put in").await?;
     bench.pcscd.card_in(0).await?;
     let said = bench.pcscd.ok("guest-pcsc transmit 00200000").await?;
     ensure!(statuses(&said) == ["63C3"], "{said}");

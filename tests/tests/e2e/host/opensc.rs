@@ -8,7 +8,7 @@ use super::{Algorithm, Bench, MESSAGE, module};
 /// The card is known for what it is, and listed without a complaint.
 pub(super) async fn tools(bench: &Bench) -> Result<()> {
     let said = bench.pcscd.ok("opensc-tool -a").await?;
-    ensure!(said.contains("\n3b:"), "{said}");
+    ensure!(said.contains("3b:"), "{said}");
     let said = bench.pcscd.ok("opensc-tool -n").await?;
     ensure!(said.contains(bench.suite.name()), "{said}");
     let said = bench.pcscd.ok("opensc-tool -l").await?;

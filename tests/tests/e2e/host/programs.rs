@@ -45,7 +45,9 @@ pub(super) async fn ssh(bench: &Bench) -> Result<()> {
     let file = |name: &str| pcscd.path(name).display().to_string();
     std::fs::write(pcscd.path("askpass"), format!("#!/bin/sh\necho {PIN}\n"))?;
     pcscd.ok("chmod 700 askpass").await?;
-    pcscd.ok("ssh-keygen -q -t ed25519 -N= -f hostkey").await?;
+    let mut host_key = pcscd.command("ssh-keygen");
+    host_key.args(["-q", "-t", "ed25519", "-N", "", "-f", "hostkey"]);
+    ensure!(pcscd.run(host_key).await?.status.success());
     let config = format!(
         "ListenAddress 127.0.0.1:2222\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\n\
          StrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n",
@@ -92,18 +94,18 @@ pub(super) async fn nss(bench: &Bench) -> Result<()> {
     std::fs::create_dir(pcscd.path("nss"))?;
     pcscd.ok("certutil -N -d sql:nss --empty-password").await?;
     pcscd.ok(&format!("modutil -dbdir sql:nss -force -add card -libfile {}", module()?)).await?;
-    let said = pcscd.ok("modutil -dbdir sql:nss -list card").await?;
-    ensure!(said.contains("Token Name: Jane Doe"), "{said}");
+    let said = pcscd.ok("modutil -dbdir sql:nss -list").await?;
+    ensure!(said.contains("token: Jane Doe"), "{said}");
     let said = pcscd.ok("certutil -L -d sql:nss -h all -f pin").await?;
-    ensure!(said.lines().filter(|line| line.contains(':') && line.ends_with("u,u,u")).count() == 3, "{said}");
+    let names: Vec<&str> =
+        said.lines().filter_map(|line| line.strip_suffix("u,u,u")).map(str::trim).collect();
+    ensure!(names.len() == 3, "{said}");
+    let (token, _) = names[0].split_once(':').with_context(|| said.clone())?;
     let said = pcscd.ok("certutil -K -d sql:nss -h all -f pin").await?;
-    let kind = if bench.suite.algorithm == Algorithm::Rsa { "rsa" } else { "ec" };
-    let keys: Vec<&str> = said.lines().filter(|line| line.contains(&format!("> {kind} "))).collect();
-    ensure!(keys.len() == 3, "{said}");
-    let nickname = keys[0].split_whitespace().skip(3).collect::<Vec<_>>().join(" ");
-    let (token, _) = nickname.split_once(':').with_context(|| said.clone())?;
+    let kind = if bench.suite.algorithm == Algorithm::Rsa { "> rsa " } else { "> ec " };
+    ensure!(said.lines().filter(|line| line.contains(kind)).count() == 3, "{said}");
     let mut request = pcscd.command("certutil");
-    request.args(["-R", "-d", "sql:nss", "-h", token, "-f", "pin", "-k", &nickname]);
+    request.args(["-R", "-d", "sql:nss", "-h", token, "-f", "pin", "-k", bench.suite.ids()[0]]);
     request.args(["-s", "CN=request", "-a", "-o", "request"]);
     let ran = pcscd.run(request).await?;
     ensure!(ran.status.success(), "{}", ran.text);
