@@ -51,7 +51,15 @@ impl Suite {
         }
     }
 
-    /// The same as a PKCS#11 URI has them.
+    /// How many of the keys OpenSC lets sign: PIV's third one is for key management alone.
+    fn signers(self) -> usize {
+        match self.applet {
+            Applet::Cac => 3,
+            Applet::Piv => 2,
+        }
+    }
+
+    /// The identifiers as a PKCS#11 URI has them.
     fn uri_ids(self) -> [&'static str; 3] {
         match self.applet {
             Applet::Cac => ["%00%01", "%00%02", "%00%03"],

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use stack_tests::database::{NAMES, PIN};
 
-use super::{Algorithm, Bench, MESSAGE, module};
+use super::{Algorithm, Applet, Bench, MESSAGE, module};
 
 /// The card is known for what it is, and listed without a complaint.
 pub(super) async fn tools(bench: &Bench) -> Result<()> {
@@ -15,7 +15,11 @@ pub(super) async fn tools(bench: &Bench) -> Result<()> {
     ensure!(said.lines().any(|line| line.starts_with("0    Yes")), "{said}");
     ensure!(said.lines().any(|line| line.starts_with("1    No")), "{said}");
     let said = bench.pcscd.ok("pkcs15-tool -D").await?;
-    let lower = said.to_lowercase();
+    let mut lower = said.to_lowercase();
+    if bench.suite.applet == Applet::Piv {
+        // OpenSC 0.23 lists every data object that PIV knows, whether a card has it or not.
+        lower = lower.replace("data object read failed: file not found", "");
+    }
     ensure!(!lower.contains("error") && !lower.contains("failed"), "{said}");
     let said = bench.pkcs11("-O").await?;
     for id in bench.suite.ids() {
@@ -31,7 +35,7 @@ pub(super) async fn tools(bench: &Bench) -> Result<()> {
 pub(super) async fn signatures(bench: &Bench) -> Result<()> {
     let digest = bench.suite.digest();
     bench.pcscd.ok(&format!("openssl dgst -{digest} -binary -out hash message")).await?;
-    for (index, id) in bench.suite.ids().into_iter().enumerate() {
+    for (index, id) in bench.suite.ids().into_iter().enumerate().take(bench.suite.signers()) {
         let key = bench.public_key(index)?;
         if bench.suite.algorithm == Algorithm::Rsa {
             for (mechanism, options) in [
