@@ -13,7 +13,7 @@ pub const NAMES: [&str; 3] = ["id-cert", "signing-cert", "encryption-cert"];
 /// The databases' password, which is the card's PIN.
 pub const PIN: &str = "271828";
 
-/// A database of three RSA-2048 certificates and their keys. Removed when dropped.
+/// A database of three certificates and their keys, RSA-2048 if not said otherwise. Removed when dropped.
 pub struct Database {
     directory: TempDir,
 }
@@ -21,24 +21,29 @@ pub struct Database {
 impl Database {
     /// A database whose password is [`PIN`].
     pub fn with_password() -> Result<Self> {
-        Self::like(PIN)
+        Self::like(PIN, "rsa")
+    }
+
+    /// The same with keys on a curve that certutil knows, such as `nistp256`.
+    pub fn on_curve(curve: &'static str) -> Result<Self> {
+        Self::like(PIN, curve)
     }
 
     /// A database without a password.
     pub fn without_password() -> Result<Self> {
-        Self::like("")
+        Self::like("", "rsa")
     }
 
     /// Generating keys takes seconds, so each kind is made once and copied; the keys are the same in all copies.
-    fn like(password: &'static str) -> Result<Self> {
-        static MADE: Mutex<Vec<(&str, Files)>> = Mutex::new(Vec::new());
+    fn like(password: &'static str, keys: &'static str) -> Result<Self> {
+        static MADE: Mutex<Vec<((&str, &str), Files)>> = Mutex::new(Vec::new());
+        let wanted = (password, keys);
         let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-        if !made.iter().any(|(kind, _)| *kind == password) {
-            made.push((password, make(password)?));
+        if !made.iter().any(|(kind, _)| *kind == wanted) {
+            made.push((wanted, make(password, keys)?));
         }
         let directory = tempfile::tempdir()?;
-        for (name, content) in made.iter().filter(|(kind, _)| *kind == password).flat_map(|(_, files)| files)
-        {
+        for (name, content) in made.iter().filter(|(kind, _)| *kind == wanted).flat_map(|(_, files)| files) {
             std::fs::write(directory.path().join(name), content)?;
         }
         Ok(Self { directory })
@@ -99,7 +104,7 @@ impl Database {
 /// Names and contents.
 type Files = Vec<(OsString, Vec<u8>)>;
 
-fn make(password: &str) -> Result<Files> {
+fn make(password: &str, keys: &str) -> Result<Files> {
     let directory = tempfile::tempdir()?;
     let path = directory.path();
     let (spec, secret, noise) =
@@ -113,7 +118,8 @@ fn make(password: &str) -> Result<Files> {
     };
     certutil(&["-N"])?;
     let noise = noise.to_string_lossy();
-    let common = ["-S", "-z", &noise, "-g", "2048", "-v", "120"];
+    let kind = if keys == "rsa" { ["-k", "rsa", "-g", "2048"] } else { ["-k", "ec", "-q", keys] };
+    let common = [&["-S", "-z", &noise, "-v", "120"][..], &kind].concat();
     let signed = |args: &[&str]| certutil(&[&common[..], args].concat());
     signed(&["-n", "test-ca", "-s", "CN=Test CA", "-x", "-t", "TC,TC,TC", "-m", "1"])?;
     for (serial, name) in ["2", "3", "4"].into_iter().zip(NAMES) {

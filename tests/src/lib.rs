@@ -12,6 +12,7 @@ pub mod guest;
 pub mod host;
 pub mod naive;
 pub mod passthru;
+pub mod pcscd;
 pub mod process;
 pub mod reader;
 

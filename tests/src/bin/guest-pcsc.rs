@@ -22,7 +22,7 @@ usage: guest-pcsc readers
        guest-pcsc wait-card present|absent|changed SECONDS [READER [COUNT]]
            changed: from what it is now, or from when its event counter (see status) was COUNT
        guest-pcsc status [READER]
-       guest-pcsc transmit [-r READER] [-t0|-t1|any] HEX...
+       guest-pcsc transmit [-r READER] [-t0|-t1|any] HEX|reset...
        guest-pcsc repeat [-r READER] N HEX
            the same APDU N times; all answers have to equal the first
        guest-pcsc bench [-r READER] [-n N] [-w WARMUP] HEX...
@@ -181,9 +181,15 @@ fn status(args: &[&str]) -> Result<()> {
 
 fn transmit(args: &[&str]) -> Result<()> {
     let options = Options::parse(args)?;
-    let card = options.connect()?;
-    for apdu in options.apdus()? {
+    let mut card = options.connect()?;
+    for word in &options.rest {
         let start = Instant::now();
+        if word == "reset" {
+            card.reconnect(ShareMode::Shared, options.protocols, Disposition::ResetCard).since(start)?;
+            println!("reset");
+            continue;
+        }
+        let apdu = unhex(word)?;
         let mut buffer = answer_buffer();
         let answer = card.transmit(&apdu, &mut buffer).since(start)?;
         println!("{} {:.3} ms", Hex(answer), start.elapsed().as_secs_f64() * 1e3);

@@ -7,6 +7,7 @@ mod cards;
 mod connection;
 mod console;
 mod guest;
+mod host;
 mod hostile;
 mod lifecycle;
 mod reader;

@@ -1,0 +1,82 @@
+//! Resets, restarts and several cards.
+
+use anyhow::{Result, ensure};
+use stack_tests::database::{NAMES, PIN};
+
+use super::{Algorithm, Applet, Bench, MESSAGE, Suite, card, module};
+
+const CAC: Suite = Suite { applet: Applet::Cac, algorithm: Algorithm::Rsa };
+
+/// The statuses of answers that guest-pcsc printed.
+fn statuses(said: &str) -> Vec<&str> {
+    said.lines().filter_map(|line| line.split(' ').next()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_forgets_the_pin() -> Result<()> {
+    let bench = Bench::start(CAC).await?;
+    let pin: String = PIN.bytes().map(|digit| format!("{digit:02X}")).collect();
+    let (verify, status) = (format!("0020000008{pin}FFFF"), "00200000");
+    let said =
+        bench.pcscd.ok(&format!("guest-pcsc transmit {status} {verify} {status} reset {status}")).await?;
+    ensure!(statuses(&said) == ["63C3", "9000", "9000", "reset", "63C3"], "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_card_comes_back_to_a_restarted_pcscd() -> Result<()> {
+    let bench = Bench::start(CAC).await?;
+    for _ in 0..2 {
+        let mark = bench.card.mark();
+        bench.pcscd.stop_daemon().await?;
+        bench.card.line_after(mark, "vpcd closed the connection").await?;
+        bench.pcscd.start_daemon().await?;
+        bench.pcscd.card_in(0).await?;
+        bench
+            .pkcs11(&format!("--sign -m SHA256-RSA-PKCS --id {} -i message -o signature", CAC.ids()[0]))
+            .await?;
+        let signature = std::fs::read(bench.pcscd.path("signature"))?;
+        ensure!(bench.database.verifies(NAMES[0], MESSAGE, &signature)?);
+    }
+    Ok(())
+}
+
+/// vpcd takes a command of one byte for one of its own and waits for ever, and pcscd with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_of_one_byte_does_not_stop_the_reader() -> Result<()> {
+    let bench = Bench::start(CAC).await?;
+    let mark = bench.card.mark();
+    bench.pcscd.words("guest-pcsc transmit 00").await?;
+    bench.card.line_after(mark, "a command of one byte").await?;
+    bench.card.line_after(mark, "card put in").await?;
+    bench.pcscd.card_in(0).await?;
+    let said = bench.pcscd.ok("guest-pcsc transmit 00200000").await?;
+    ensure!(statuses(&said) == ["63C3"], "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_cards_in_two_readers() -> Result<()> {
+    let mut bench = Bench::start(CAC).await?;
+    let second = card(&bench.pcscd, &bench.database, &["--card-name", "second", "vpcd:localhost,slot=1"])?;
+    bench.pcscd.card_in(1).await?;
+    let said = bench.pcscd.ok(&format!("p11tool --provider {} --list-token-urls", module()?)).await?;
+    let mut uris: Vec<&str> = said.lines().filter(|line| line.contains("serial=")).collect();
+    uris.sort_unstable();
+    uris.dedup();
+    ensure!(uris.len() == 2, "{said}");
+    for reader in [0, 1] {
+        let id = CAC.ids()[0];
+        let sign =
+            format!("--slot-index {reader} --sign -m SHA256-RSA-PKCS --id {id} -i message -o signature");
+        bench.pkcs11(&sign).await?;
+        let signature = std::fs::read(bench.pcscd.path("signature"))?;
+        ensure!(bench.database.verifies(NAMES[0], MESSAGE, &signature)?);
+    }
+    // One leaves, the other stays.
+    ensure!(bench.card.terminate().await?.success(), "{}", bench.card.log());
+    bench.pcscd.ok("guest-pcsc wait-card absent 30 0").await?;
+    bench.pcscd.card_in(1).await?;
+    ensure!(!second.log().contains("WARN"), "{}", second.log());
+    Ok(())
+}
