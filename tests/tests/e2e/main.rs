@@ -9,6 +9,7 @@ mod console;
 mod guest;
 mod hostile;
 mod lifecycle;
+mod raw;
 mod reader;
 mod remote;
 mod slots;
