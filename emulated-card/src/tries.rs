@@ -18,8 +18,9 @@ const UNTOLD: u8 = 3;
 /// PUK, of a PIN that is verified) is counted: it is taken to be three, then what the card said of the last
 /// failure, and is not taken to be more after a success.
 ///
-/// What would hide the comparison is refused: secure messaging (6882), chaining (6884), forms of VERIFY that are
-/// neither a comparison nor a question (6700), and ENVELOPE (6D00). Commands of a card's own that compare a PIN
+/// What would hide the comparison is refused: secure messaging (6882), chaining (6884, and 6883 while a chain of
+/// another command is open), forms of VERIFY that are neither a comparison nor a question (6700), and ENVELOPE
+/// (6D00). Commands of a card's own that compare a PIN
 /// under another instruction are not known here.
 pub struct KeepTries<S> {
     source: S,
@@ -66,7 +67,12 @@ impl<S: CardSource> CardSource for KeepTries<S> {
             *counted = Counted { atr: Some(card.atr().clone()), ..Counted::default() };
         }
         drop(counted);
-        Ok(Box::new(KeepingCard { card, keep: self.keep, counted: Arc::clone(&self.counted) }))
+        Ok(Box::new(KeepingCard {
+            card,
+            keep: self.keep,
+            counted: Arc::clone(&self.counted),
+            chaining: false,
+        }))
     }
 }
 
@@ -74,7 +80,13 @@ struct KeepingCard {
     card: Box<dyn Card>,
     keep: u8,
     counted: Arc<Mutex<Counted>>,
+    /// The last command that went to the card announced more of it. Not every card minds that the next one is
+    /// another command: it might take an empty VERIFY for the end of what it has.
+    chaining: bool,
 }
+
+/// 6883: the last command of a chain is expected (ISO/IEC 7816-4 §5.6).
+const LAST_OF_CHAIN_EXPECTED: StatusWord = StatusWord(0x6883);
 
 /// What a command is to the counters.
 enum Kind {
@@ -82,8 +94,8 @@ enum Kind {
     Other,
     /// Refused, whatever it says.
     Refused(StatusWord),
-    /// An empty VERIFY.
-    Question,
+    /// Nothing to compare: an empty VERIFY is a question.
+    Empty,
     /// Compares the reference data of P2, which can be asked about on that channel.
     Compares { class: u8 },
     /// Compares something that cannot be asked about.
@@ -118,12 +130,10 @@ impl Kind {
             Self::Refused(StatusWord::SECURE_MESSAGING_NOT_SUPPORTED)
         } else if command.data().is_empty() {
             match (instruction, command.case()) {
-                (ins::VERIFY, Case::C1) => Self::Question,
+                (_, Case::C1) => Self::Empty,
                 // Case 1 in the five bytes of T=0. Another fifth byte would be an Lc to a card that speaks it.
-                (ins::VERIFY, Case::C2Short) if command.as_bytes().ends_with(&[0]) => Self::Question,
-                (ins::VERIFY, _) => Self::Refused(StatusWord::WRONG_LENGTH),
-                (_, Case::C1) => Self::Other,
-                (_, _) => Self::Refused(StatusWord::WRONG_LENGTH),
+                (ins::VERIFY, Case::C2Short) if command.as_bytes().ends_with(&[0]) => Self::Empty,
+                _ => Self::Refused(StatusWord::WRONG_LENGTH),
             }
         } else if instruction == ins::RESET_RETRY_COUNTER {
             Self::ComparesOther
@@ -223,8 +233,13 @@ impl Card for KeepingCard {
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
         match Kind::of(command) {
-            Kind::Other | Kind::Question => self.card.transmit(command).await,
             Kind::Refused(status) => Ok(status.into()),
+            Kind::Other => {
+                self.chaining = command.cla() & 0x10 != 0;
+                self.card.transmit(command).await
+            }
+            _ if self.chaining => Ok(LAST_OF_CHAIN_EXPECTED.into()),
+            Kind::Empty => self.card.transmit(command).await,
             Kind::Compares { class } => self.compare(command, Some(class)).await,
             Kind::ComparesOther => self.compare(command, None).await,
         }

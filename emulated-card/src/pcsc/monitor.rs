@@ -32,9 +32,9 @@ impl Monitor {
     pub(super) fn run(mut self) {
         let mut delay = RETRY.0;
         while !self.shared.lock().closed {
+            let began = Instant::now();
             let error = match Context::establish(Scope::System) {
                 Ok(context) => {
-                    delay = RETRY.0;
                     self.shared.lock().monitoring = Some(context.clone());
                     let end = self.watch(&context);
                     self.shared.lock().monitoring = None;
@@ -46,6 +46,8 @@ impl Monitor {
             if let Some(error) = error {
                 self.complain(format!("the PC/SC service (pcscd) cannot be used: {error}"));
             }
+            // One that served for a while was not the cause of the trouble before.
+            delay = if RETRY.1 < began.elapsed() { RETRY.0 } else { delay };
             self.pause(delay);
             delay = RETRY.1.min(delay * 2);
         }

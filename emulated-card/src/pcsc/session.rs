@@ -19,7 +19,9 @@ use super::{Answer, Next, Place, Shared};
 
 /// A transaction ends when the guest has sent nothing for this long.
 const IDLE: Duration = Duration::from_millis(500);
-/// A transaction lasts no longer than this.
+/// After this it ends between two exchanges.
+const LONG: Duration = Duration::from_secs(4);
+/// It lasts no longer than this, not even for the rest of a chained command or of a long answer.
 const LONGEST: Duration = Duration::from_secs(5);
 /// Then another program gets its turn: pcsc-lite lets it ask for the card once in 200 ms.
 const TURN: Duration = Duration::from_millis(250);
@@ -164,17 +166,21 @@ impl Actor {
             *protocol = transaction.status2_owned().ok().and_then(|status| status.protocol2());
             *used = true;
         }
-        let latest = (!self.shared.config.exclusive).then(|| Instant::now() + LONGEST);
+        let began = Instant::now();
+        let latest = (!self.shared.config.exclusive).then(|| began + LONGEST);
         loop {
+            let is_chained = command.cla() & 0x10 != 0;
             let answer = transmit(&transaction, *protocol, &command, buffer);
             let is_lost = matches!(answer, Err(CardError::Removed));
+            let has_more = answer.as_ref().is_ok_and(|response| response.status().sw1() == 0x61);
+            let limit = if is_chained || has_more { LONGEST } else { LONG };
             let _ = reply.send(answer);
             if is_lost {
                 return After::Lost;
             }
             let until = latest.map(|latest| latest.min(Instant::now() + IDLE));
             match self.shared.next(self.session, until) {
-                Next::Command(next, to) if latest.is_some_and(|latest| latest <= Instant::now()) => {
+                Next::Command(next, to) if latest.is_some() && limit <= began.elapsed() => {
                     // A card that was removed shows at the next transaction; so it is below.
                     let _ = transaction.end(Disposition::LeaveCard);
                     return After::Turn((next, to));

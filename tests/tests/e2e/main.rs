@@ -10,6 +10,7 @@ mod guest;
 mod host;
 mod hostile;
 mod lifecycle;
+mod raw;
 mod reader;
 mod remote;
 mod slots;

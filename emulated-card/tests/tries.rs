@@ -1,0 +1,332 @@
+//! Whatever a guest sends, the last try stays.
+#![allow(clippy::unwrap_used, reason = "a test says where it failed")]
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use emulated_card::tries::KeepTries;
+use proptest::prelude::*;
+use tokio::sync::watch;
+use vscard_protocol::{
+    Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch, Response, StatusWord,
+};
+
+const PIN: &[u8] = b"123456\xFF\xFF";
+const PUK: &[u8] = b"12345678";
+const WRONG: &[u8] = b"000000\xFF\xFF";
+
+/// A card that takes every class, form and chaining it is offered: whatever slips by is tried.
+struct Cards {
+    pin: u8,
+    puk: u8,
+    /// Says 63CX and answers an empty VERIFY; else a failure is 6300 and the question 6A88.
+    tells: bool,
+    /// A failure leaves a verified PIN verified.
+    stays: bool,
+    verified: bool,
+    chain: Vec<u8>,
+    sent: Vec<Vec<u8>>,
+    /// The next answer is lost.
+    breaks: bool,
+}
+
+impl Cards {
+    fn new(tells: bool, stays: bool) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self {
+            pin: 3,
+            puk: 3,
+            tells,
+            stays,
+            verified: false,
+            chain: Vec::new(),
+            sent: Vec::new(),
+            breaks: false,
+        }))
+    }
+
+    fn failed(&self, left: u8) -> StatusWord {
+        if self.tells { StatusWord::tries_left(left) } else { StatusWord(0x6300) }
+    }
+
+    fn try_pin(&mut self, data: &[u8]) -> StatusWord {
+        if self.pin == 0 {
+            return StatusWord::AUTHENTICATION_BLOCKED;
+        }
+        if data.starts_with(PIN) {
+            (self.pin, self.verified) = (3, true);
+            return StatusWord::SUCCESS;
+        }
+        self.pin -= 1;
+        self.verified &= self.stays;
+        self.failed(self.pin)
+    }
+
+    fn try_puk(&mut self, data: &[u8]) -> StatusWord {
+        if self.puk == 0 {
+            return StatusWord::AUTHENTICATION_BLOCKED;
+        }
+        if data.starts_with(PUK) {
+            self.puk = 3;
+            return StatusWord::SUCCESS;
+        }
+        self.puk -= 1;
+        self.failed(self.puk)
+    }
+
+    fn answer(&mut self, command: &Command) -> StatusWord {
+        self.sent.push(command.as_bytes().to_vec());
+        if command.cla() & 0x10 != 0 {
+            self.chain.extend_from_slice(command.data());
+            return StatusWord::SUCCESS;
+        }
+        let mut data = std::mem::take(&mut self.chain);
+        data.extend_from_slice(command.data());
+        if command.ins() == 0xC2 && data.len() > 5 {
+            data.drain(..5);
+            return self.try_pin(&data);
+        }
+        match (command.ins() & 0xFE, command.p2()) {
+            (0x20, 0x80) if data.is_empty() => match (self.verified, self.tells) {
+                (true, true) => StatusWord::SUCCESS,
+                (false, true) => StatusWord::tries_left(self.pin),
+                (_, false) => StatusWord::REFERENCE_NOT_FOUND,
+            },
+            (0x20, 0x80) => self.try_pin(&data),
+            (0x24 | 0x26 | 0x28, 0x80) if data.len() >= 8 => self.try_pin(&data),
+            (0x24, 0x81) if data.len() >= 8 => self.try_puk(&data),
+            (0x2C, 0x80) if data.len() >= 8 => match self.try_puk(&data) {
+                StatusWord::SUCCESS => {
+                    self.pin = 3;
+                    StatusWord::SUCCESS
+                }
+                status => status,
+            },
+            (0x20 | 0x24, _) => StatusWord::REFERENCE_NOT_FOUND,
+            _ => StatusWord::SUCCESS,
+        }
+    }
+}
+
+struct Source(Arc<Mutex<Cards>>, watch::Sender<Presence>);
+
+struct Powered(Arc<Mutex<Cards>>, Atr);
+
+fn atr() -> Atr {
+    Atr::t1(b"tries").unwrap()
+}
+
+fn source(cards: &Arc<Mutex<Cards>>, keep: u8) -> KeepTries<Source> {
+    let presence = Presence::Present { insertion: 1, atr: atr(), limits: Limits::EXTENDED };
+    KeepTries::new(Source(cards.clone(), watch::channel(presence).0), keep)
+}
+
+#[async_trait]
+impl CardSource for Source {
+    fn presence(&self) -> PresenceWatch {
+        self.1.subscribe().into()
+    }
+
+    async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        let mut cards = self.0.lock().unwrap();
+        cards.verified = false;
+        cards.chain.clear();
+        Ok(Box::new(Powered(self.0.clone(), atr())))
+    }
+}
+
+#[async_trait]
+impl Card for Powered {
+    fn atr(&self) -> &Atr {
+        &self.1
+    }
+
+    async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+        let mut cards = self.0.lock().unwrap();
+        let status = cards.answer(command);
+        let is_question = command.data().is_empty();
+        if !is_question && std::mem::take(&mut cards.breaks) {
+            Err(CardError::Mute)
+        } else {
+            Ok(status.into())
+        }
+    }
+}
+
+fn command(header: [u8; 4], data: &[u8]) -> Command {
+    Command::build(header, data, None).unwrap()
+}
+
+async fn status(card: &mut Box<dyn Card>, header: [u8; 4], data: &[u8]) -> u16 {
+    card.transmit(&command(header, data)).await.unwrap().status().0
+}
+
+const VERIFY: [u8; 4] = [0, 0x20, 0, 0x80];
+
+#[tokio::test]
+async fn a_loop_of_wrong_pins_leaves_one_try() {
+    let cards = Cards::new(true, false);
+    let source = source(&cards, 1);
+    let mut card = source.power_on(1).await.unwrap();
+    assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x63C2);
+    assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x63C1);
+    for _ in 0..5 {
+        assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x6983);
+    }
+    // Not even the right one: whether it is cannot be known before.
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x6983);
+    // What the card says is what it says.
+    assert_eq!(status(&mut card, VERIFY, &[]).await, 0x63C1);
+    assert_eq!(cards.lock().unwrap().pin, 1);
+    // Unblocked elsewhere.
+    cards.lock().unwrap().pin = 3;
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+}
+
+#[tokio::test]
+async fn keeping_none_changes_nothing() {
+    let cards = Cards::new(true, false);
+    let mut card = source(&cards, 0).power_on(1).await.unwrap();
+    for expected in [0x63C2, 0x63C1, 0x63C0, 0x6983] {
+        assert_eq!(status(&mut card, VERIFY, WRONG).await, expected);
+    }
+    assert_eq!(cards.lock().unwrap().sent, vec![command(VERIFY, WRONG).as_bytes().to_vec(); 4]);
+}
+
+/// SP 800-73-4 Part 2 §3.2.4: a PIN directly before each use of the key of digital signatures.
+#[tokio::test]
+async fn the_question_comes_before_the_pin_and_nothing_comes_after_it() {
+    let cards = Cards::new(true, false);
+    let mut card = source(&cards, 1).power_on(1).await.unwrap();
+    for _ in 0..4 {
+        assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+        assert_eq!(status(&mut card, [0, 0x87, 0x07, 0x9C], b"digest").await, 0x9000);
+    }
+    let question = VERIFY.to_vec();
+    let verify = command(VERIFY, PIN).as_bytes().to_vec();
+    let sign = command([0, 0x87, 0x07, 0x9C], b"digest").as_bytes().to_vec();
+    assert_eq!(cards.lock().unwrap().sent.concat(), [question, verify, sign].concat().repeat(4));
+}
+
+/// Wrong PUKs must not cost a user the signatures with a PIN that is verified.
+#[tokio::test]
+async fn one_references_tries_are_not_anothers() {
+    let cards = Cards::new(true, false);
+    let mut card = source(&cards, 1).power_on(1).await.unwrap();
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+    let unblock = [WRONG, PIN].concat();
+    for expected in [0x63C2, 0x63C1, 0x6983] {
+        assert_eq!(status(&mut card, [0, 0x2C, 0, 0x80], &unblock).await, expected);
+    }
+    // The same counter under another command.
+    assert_eq!(status(&mut card, [0, 0x24, 0, 0x81], &unblock).await, 0x6983);
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+    assert_eq!(cards.lock().unwrap().puk, 1);
+}
+
+#[tokio::test]
+async fn what_hides_a_pin_does_not_reach_the_card() {
+    let cards = Cards::new(true, false);
+    let mut card = source(&cards, 1).power_on(1).await.unwrap();
+    for (class, instruction, expected) in [
+        (0x10, 0x20, 0x6884),
+        (0x50, 0x24, 0x6884),
+        (0x0C, 0x20, 0x6882),
+        (0x84, 0x2C, 0x6882),
+        (0x60, 0x20, 0x6882),
+        (0x00, 0xC2, 0x6D00),
+        // The PIN as a part of something else, which an empty VERIFY would complete.
+        (0x10, 0x87, 0x9000),
+        (0x00, 0x20, 0x6883),
+    ] {
+        assert_eq!(status(&mut card, [class, instruction, 0, 0x80], WRONG).await, expected);
+    }
+    for malformed in [&[0, 0x20, 0, 0x80, 8][..], &[0, 0x20, 0, 0x80, 0, 0, 8], &[0, 0x24, 0, 0x80, 16]] {
+        let answer = card.transmit(&Command::parse(malformed).unwrap()).await.unwrap();
+        assert_eq!(answer.status().0, 0x6700);
+    }
+    assert_eq!(status(&mut card, VERIFY, &[]).await, 0x6883);
+    assert_eq!(cards.lock().unwrap().sent, [command([0x10, 0x87, 0, 0x80], WRONG).as_bytes()]);
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_a_try_spent() {
+    let cards = Cards::new(false, false);
+    let source = source(&cards, 1);
+    for _ in 0..5 {
+        let mut card = source.power_on(1).await.unwrap();
+        cards.lock().unwrap().breaks = true;
+        let _ = card.transmit(&command(VERIFY, WRONG)).await;
+    }
+    assert_eq!(cards.lock().unwrap().pin, 1);
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Send(Vec<u8>),
+    PowerCycle,
+    LoseAnswer,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let class =
+        prop_oneof![8 => Just(0u8), 1 => Just(0x80), 1 => Just(0x10), 1 => Just(0x0C), 1 => any::<u8>()];
+    let instruction = prop_oneof![
+        6 => Just(0x20u8),
+        1 => Just(0x21),
+        2 => Just(0x24),
+        2 => Just(0x2C),
+        1 => Just(0x26),
+        1 => Just(0x28),
+        1 => Just(0xC2),
+        1 => any::<u8>(),
+    ];
+    let reference = prop_oneof![4 => Just(0x80u8), 2 => Just(0x81), 1 => any::<u8>()];
+    let data = prop_oneof![
+        4 => Just([WRONG, PIN].concat()),
+        2 => Just(WRONG.to_vec()),
+        1 => Just(PIN.to_vec()),
+        1 => Just([PIN, PIN].concat()),
+        1 => Just([PUK, PIN].concat()),
+        1 => Just(Vec::new()),
+        1 => proptest::collection::vec(any::<u8>(), 0..300),
+    ];
+    let le = proptest::option::of(prop_oneof![Just(256u32), Just(8), Just(65_536)]);
+    let send = (class, instruction, any::<bool>(), reference, data, le).prop_map(
+        |(class, instruction, p1, reference, data, le)| {
+            let header = [class, instruction, u8::from(p1), reference];
+            Act::Send(Command::build(header, &data, le).unwrap().as_bytes().to_vec())
+        },
+    );
+    prop_oneof![12 => send, 1 => Just(Act::PowerCycle), 1 => Just(Act::LoseAnswer)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_sequence_of_commands_spends_the_last_try(
+        acts in proptest::collection::vec(act(), 1..60),
+        tells: bool,
+        stays: bool,
+        keep in 1u8..=2,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let cards = Cards::new(tells, stays);
+        let source = source(&cards, keep);
+        let mut card = runtime.block_on(source.power_on(1)).unwrap();
+        for act in acts {
+            match act {
+                Act::Send(bytes) => {
+                    let _ = runtime.block_on(card.transmit(&Command::parse(&bytes).unwrap()));
+                }
+                Act::PowerCycle => {
+                    drop(card);
+                    card = runtime.block_on(source.power_on(1)).unwrap();
+                }
+                Act::LoseAnswer => cards.lock().unwrap().breaks = true,
+            }
+            let cards = cards.lock().unwrap();
+            prop_assert!(cards.pin >= keep && cards.puk >= keep, "PIN {}, PUK {}", cards.pin, cards.puk);
+        }
+    }
+}
