@@ -95,10 +95,10 @@ pub struct Stack {
     pub link: Link,
 }
 
-/// vscclient with all three certificates.
+/// vscclient with all three certificates on a CAC.
 pub fn client(database: &Database, state: &Path, link: &Link, args: &[&str]) -> Result<Process> {
     let spec = database.spec();
-    let mut all = vec!["--db", &spec];
+    let mut all = vec!["--profile", "cac", "--db", &spec];
     all.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
     all.extend(args);
     let endpoint = link.endpoint();

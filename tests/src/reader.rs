@@ -60,10 +60,10 @@ impl Place {
     }
 }
 
-/// The value of `--card` for all three certificates of a database.
+/// The value of `--card` for a CAC with all three certificates of a database.
 pub fn certificates(database: &Database, more: &str) -> String {
     let names: String = NAMES.iter().map(|name| format!(",cert={name}")).collect();
-    format!("cert,db={}{names}{more}", database.spec())
+    format!("cert,profile=cac,db={}{names}{more}", database.spec())
 }
 
 /// A guest, the daemon, its database and state.

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use emulated_card::card::{EmulatedCard, Step};
+use emulated_card::card::{CardOptions, EmulatedCard, Profile, Step};
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::nss::NssDatabase;
 use emulated_card::pin::ReferenceData;
+use emulated_card::slot;
 use emulated_card::state::CardId;
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::process::program;
@@ -184,7 +185,10 @@ fn card(database: &Database, name: &str) -> Result<EmulatedCard> {
     let store = NssDatabase::open(&database.spec(), &NAMES.map(str::to_owned))?;
     let id = CardId::derive(store.certificates(), name);
     let reference = Arc::new(ReferenceData::in_memory(3));
-    Ok(EmulatedCard::new(Arc::new(store), reference, id, Box::new(|challenge| challenge.fill(0)))?)
+    let slots = slot::assign(store.certificates(), &[])?;
+    let options = CardOptions { profile: Profile::Cac, slots };
+    let random = Box::new(|challenge: &mut [u8]| challenge.fill(0));
+    Ok(EmulatedCard::new(Arc::new(store), reference, id, options, random)?)
 }
 
 fn transmit(card: &mut EmulatedCard, command: &Apdu) -> Response {

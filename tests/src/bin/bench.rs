@@ -238,7 +238,7 @@ async fn measure_passthru(rounds: u32, databases: &[Database; 3]) -> Result<()> 
     let guest = Guest::boot(Boot::with(readers(&roads, &chardevs))).await?;
     let client = |database: &Database, endpoint: &str| {
         let spec = database.spec();
-        let mut args = vec!["--db", &spec];
+        let mut args = vec!["--profile", "cac", "--db", &spec];
         args.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
         args.push(endpoint);
         Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(database.path()))])
