@@ -112,9 +112,13 @@ impl End {
         };
         self.check(&command, &response);
         let worked = self.seen.operations.load(Ordering::Relaxed) > operations;
-        let needs_none =
-            command.ins() == apdu::ins::GENERAL_AUTHENTICATE && command.p2() == CARD_AUTHENTICATION;
+        let authenticate = command.ins() == apdu::ins::GENERAL_AUTHENTICATE;
+        let needs_none = authenticate && command.p2() == CARD_AUTHENTICATION;
         assert!(!worked || self.verified || needs_none, "a key worked without a PIN: {command:?}");
+        if authenticate && command.p2() == SIGNATURE && command.cla() != 0x10 {
+            assert!(!worked || self.fresh, "the signature key worked twice: {command:?}");
+            self.fresh = false;
+        }
         if command.ins() == apdu::ins::VERIFY && !command.data().is_empty() {
             self.verified |= response.status().0 == 0x9000;
             self.fresh |= response.status().0 == 0x9000;
