@@ -375,7 +375,8 @@ fn card_on(host: &Host, wanted: Option<&str>) -> Result<TokenCard, TokenCardErro
     let make = |store: Arc<TokenStore>| {
         let id = CardId::derive(store.certificates(), "");
         let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
-        Ok(EmulatedCard::new(store, Arc::new(reference), id, Box::new(|bytes| bytes.fill(7)))?)
+        let options = CardOptions { profile: Profile::Cac, slots: slot::assign(store.certificates(), &[])? };
+        Ok(EmulatedCard::new(store, Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))?)
     };
     TokenCard::open(&[module()], wanted.map(str::to_owned), host.state(), None, Box::new(make))
 }

@@ -13,6 +13,7 @@ use vscard_protocol::{Command, Response, Secret, apdu};
 use crate::input::Input;
 
 const PIN: &[u8] = b"123456";
+const SIGNATURE: u8 = 0x9C;
 const CARD_AUTHENTICATION: u8 = 0x9E;
 
 /// Does what `bytes` say.
@@ -21,7 +22,7 @@ pub(crate) fn run(bytes: &[u8]) {
     let profile = input.choose(&[Profile::Dual, Profile::Piv, Profile::Cac]);
     let store = Store::new(input.byte() % 2 == 1);
     let seen = Arc::clone(&store.seen);
-    let mut end = End { card: card(store, profile), seen, verified: false };
+    let mut end = End { card: card(store, profile), seen, verified: false, fresh: false };
     for _ in 0..1000 {
         if input.is_empty() {
             break;
@@ -48,6 +49,8 @@ struct End {
     seen: Arc<Seen>,
     /// Whether the card may take the PIN for verified.
     verified: bool,
+    /// Whether it was verified since the signature key was used.
+    fresh: bool,
 }
 
 impl End {
@@ -109,11 +112,16 @@ impl End {
         };
         self.check(&command, &response);
         let worked = self.seen.operations.load(Ordering::Relaxed) > operations;
-        let needs_none =
-            command.ins() == apdu::ins::GENERAL_AUTHENTICATE && command.p2() == CARD_AUTHENTICATION;
+        let authenticate = command.ins() == apdu::ins::GENERAL_AUTHENTICATE;
+        let needs_none = authenticate && command.p2() == CARD_AUTHENTICATION;
         assert!(!worked || self.verified || needs_none, "a key worked without a PIN: {command:?}");
+        if authenticate && command.p2() == SIGNATURE && command.cla() != 0x10 {
+            assert!(!worked || self.fresh, "the signature key worked twice: {command:?}");
+            self.fresh = false;
+        }
         if command.ins() == apdu::ins::VERIFY && !command.data().is_empty() {
             self.verified |= response.status().0 == 0x9000;
+            self.fresh |= response.status().0 == 0x9000;
         }
     }
 
