@@ -14,6 +14,8 @@ use tokio::process::Command;
 /// Set in the process that has a host of its own.
 const OWN_HOST: &str = "STACK_OWN_HOST";
 const DRIVER: &str = "/usr/lib/pcsc/drivers/serial/libifdvpcd.so";
+/// For one scenario.
+const LIMIT: Duration = Duration::from_secs(120);
 /// vpcd's first slot.
 const PORT: u16 = 35_963;
 
@@ -26,14 +28,17 @@ pub(super) async fn is_own(test: &str) -> Result<bool> {
     ensure!(Path::new(DRIVER).exists(), "{DRIVER} is missing; it is in the package vsmartcard-vpcd");
     let prepare =
         "mkdir -p /run/pcscd && mount -t tmpfs tmpfs /run/pcscd && ip link set lo up && exec \"$@\"";
+    // Whatever is left running ends with the process namespace.
+    let namespaces = ["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let output = Command::new("unshare")
-        .args(["--mount", "--net", "--propagation", "private", "sh", "-c", prepare, "sh"])
+        .args(namespaces)
+        .args(["sh", "-c", prepare, "sh"])
         .arg(std::env::current_exe()?)
         .args([test, "--exact", "--nocapture"])
         .env(OWN_HOST, "1")
         .kill_on_drop(true)
-        .output()
-        .await?;
+        .output();
+    let output = tokio::time::timeout(LIMIT, output).await.context("a scenario that does not end")??;
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
     ensure!(output.status.success() && said.contains("1 passed"), "{said}");
