@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use emulated_card::card::EmulatedCard;
+use emulated_card::card::{CardOptions, EmulatedCard, Profile};
 use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, TokenStore, TokenWatch};
 use emulated_card::keys::{Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use emulated_card::pin::{PinError, ReferenceData};
+use emulated_card::slot;
 use emulated_card::state::{CardId, StateDirectory, StateError};
 use emulated_card::token::{TokenCard, TokenCardError};
 use openssl_tool::{make_certificate, openssl, peer, run, verify_ecdsa};
