@@ -6,6 +6,8 @@
 mod certificate;
 #[cfg(all(unix, feature = "nss"))]
 pub mod nss;
+#[cfg(feature = "pem")]
+pub mod pem;
 
 use thiserror::Error;
 use vscard_protocol::Secret;

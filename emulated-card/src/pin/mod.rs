@@ -14,6 +14,8 @@ mod secret_file;
 
 use hash::Cost;
 pub(crate) use hash::PinHash;
+#[cfg(feature = "pem")]
+pub(crate) use secret_file::{Access, read_file};
 pub use secret_file::{SecretFileError, read_secret_file};
 
 /// How many wrong PINs (or PUKs) in a row block a card, unless said otherwise. What can be said is 1 to 15, as the status

@@ -69,6 +69,39 @@ const CREDENTIALS_DIRECTORY: &str = "CREDENTIALS_DIRECTORY";
 /// # Errors
 /// [`SecretFileError`].
 pub fn read_secret_file(path: &Path) -> Result<Secret, SecretFileError> {
+    let bytes = read_file(path, MAX_SECRET_FILE, Access::OwnersAlone)?;
+    let refused = |what| Err(SecretFileError::Contents { path: path.to_owned(), what });
+    if bytes.len() > MAX_SECRET_FILE {
+        return refused("is longer than 1 KiB");
+    }
+    let line = &bytes[..];
+    let line = line.strip_suffix(b"\n").map_or(line, |line| line.strip_suffix(b"\r").unwrap_or(line));
+    if line.is_empty() {
+        refused("is empty")
+    } else if line.contains(&0) {
+        refused("contains a NUL byte")
+    } else if line.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
+        refused("has more than one line")
+    } else {
+        Ok(Secret::from(line))
+    }
+}
+
+/// Who may have access to a file that is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    #[cfg_attr(not(feature = "pem"), expect(dead_code, reason = "certificates in files"))]
+    Anyone,
+    OwnersAlone,
+}
+
+/// Reads a file, as [`read_secret_file`] takes it, up to the end or one byte more than `max`, which tells the caller
+/// that it is too long.
+pub(crate) fn read_file(
+    path: &Path,
+    max: usize,
+    access: Access,
+) -> Result<Zeroizing<Vec<u8>>, SecretFileError> {
     let io_error = |source| SecretFileError::Io { path: path.to_owned(), source };
     let descriptor = descriptor(path);
     let opened = descriptor.as_deref().unwrap_or(path);
@@ -83,7 +116,7 @@ pub fn read_secret_file(path: &Path) -> Result<Secret, SecretFileError> {
     } else if !metadata.is_file() {
         return Err(SecretFileError::NotRegular { path: path.to_owned() });
     }
-    if descriptor.is_none() {
+    if descriptor.is_none() && access == Access::OwnersAlone {
         let credentials = std::env::var_os(CREDENTIALS_DIRECTORY).map(PathBuf::from);
         let is_credential = credentials
             .is_some_and(|directory| directory.is_absolute() && path.parent() == Some(directory.as_path()));
@@ -97,7 +130,7 @@ pub fn read_secret_file(path: &Path) -> Result<Secret, SecretFileError> {
         }
     }
     // All the room at once: a Vec that grows leaves copies behind.
-    let mut bytes = Zeroizing::new(vec![0; MAX_SECRET_FILE + 1]);
+    let mut bytes = Zeroizing::new(vec![0; max + 1]);
     let mut filled = 0;
     while filled < bytes.len() {
         match file.read(&mut bytes[filled..]) {
@@ -107,21 +140,8 @@ pub fn read_secret_file(path: &Path) -> Result<Secret, SecretFileError> {
             Err(error) => return Err(io_error(error)),
         }
     }
-    let refused = |what| Err(SecretFileError::Contents { path: path.to_owned(), what });
-    if filled > MAX_SECRET_FILE {
-        return refused("is longer than 1 KiB");
-    }
-    let line = &bytes[..filled];
-    let line = line.strip_suffix(b"\n").map_or(line, |line| line.strip_suffix(b"\r").unwrap_or(line));
-    if line.is_empty() {
-        refused("is empty")
-    } else if line.contains(&0) {
-        refused("contains a NUL byte")
-    } else if line.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
-        refused("has more than one line")
-    } else {
-        Ok(Secret::from(line))
-    }
+    bytes.truncate(filled);
+    Ok(bytes)
 }
 
 /// The name by which an inherited descriptor is opened, if `path` means one. That is another opening of the same
