@@ -8,6 +8,7 @@ use emulated_card::certificates::CertificateCard;
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
 use crate::legacy;
+use crate::new_card::NewCard;
 
 const LONG_ABOUT: &str = "\
 Puts a smartcard into a virtual machine: up to ten certificates of an NSS database appear as a CAC in the guest \
@@ -57,6 +58,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Gives a blocked PIN all its tries back
     Unlock(Unlock),
+    /// Makes a directory with a test card: certificates, keys, PIN
+    NewCard(NewCard),
 }
 
 /// Which card is meant.

@@ -5,6 +5,7 @@ mod args;
 mod console;
 mod legacy;
 mod log;
+mod new_card;
 mod session;
 
 use std::process::ExitCode;
@@ -37,6 +38,13 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
         Some(Command::Unlock(unlock)) => match unlock.card.spec().card.unlock() {
+            Ok(done) => {
+                println!("{done}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(NO_CARD, &error.to_string()),
+        },
+        Some(Command::NewCard(new_card)) => match new_card.run() {
             Ok(done) => {
                 println!("{done}");
                 ExitCode::SUCCESS

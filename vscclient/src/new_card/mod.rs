@@ -1,0 +1,328 @@
+//! `vscclient new-card`: a test card in a directory, with a certification authority of its own.
+
+mod authority;
+mod directory;
+mod nss;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use emulated_card::pin::{
+    CardPinError, DEFAULT_TRIES, ReferenceData, SecretFileError, check_puk, read_secret_file,
+};
+use emulated_card::state::{CardId, StateError};
+use openssl::error::ErrorStack;
+use openssl::hash::MessageDigest;
+use thiserror::Error;
+use vscard_protocol::Secret;
+use zeroize::Zeroizing;
+
+use self::authority::{Authority, Holder, Purpose, Validity};
+use self::directory::{CARD_FILE, CardFile, NssFiles, PemFiles, Profile};
+pub(crate) use self::directory::{CardDirectory, CardDirectoryError};
+use self::nss::Database;
+
+const DATABASE: &str = "nssdb";
+const PASSWORD_FILE: &str = "nssdb.password";
+/// One byte tells the length of such a string in DER.
+const MAX_ADDRESS: usize = 127;
+
+/// Makes a directory with a test card: a CA, certificates for authentication, signature, encryption and card
+/// authentication with their keys, and the card's PIN
+#[derive(Debug, Args)]
+pub(crate) struct NewCard {
+    /// The directory; it is made, or must be empty
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Who holds the card, 1 to 64 characters
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    name: String,
+    /// File with the card's PIN, 6 to 8 digits
+    #[arg(long, value_name = "FILE")]
+    pin_file: PathBuf,
+    /// File with a PUK of 8 characters, which unblocks the PIN
+    #[arg(long, value_name = "FILE")]
+    puk_file: Option<PathBuf>,
+    /// Kind of the card's keys
+    #[arg(long, value_enum, default_value = "rsa2048")]
+    algorithm: Algorithm,
+    /// User principal name, as jane@EXAMPLE.COM, in the authentication certificate
+    #[arg(long, value_name = "NAME@REALM", value_parser = parse_upn)]
+    upn: Option<String>,
+    /// Mail address in the signature and encryption certificates
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_email)]
+    email: Option<String>,
+    /// How many days the certificates are valid
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    days: u32,
+    /// Certificates that expired yesterday
+    #[arg(long)]
+    expired: bool,
+    /// Certificates that are in the CA's revocation list, as those of a lost card
+    #[arg(long)]
+    revoked: bool,
+    /// Keys in an NSS database (needs certutil and pk12util) instead of PEM files
+    #[arg(long)]
+    nss: bool,
+}
+
+/// What a card's keys can be (SP 800-78-4 table 3-1, and RSA of other sizes).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Algorithm {
+    Rsa1024,
+    Rsa2048,
+    Rsa3072,
+    Rsa4096,
+    P256,
+    P384,
+}
+
+impl Algorithm {
+    fn is_rsa(self) -> bool {
+        !matches!(self, Self::P256 | Self::P384)
+    }
+
+    fn of_authority(self) -> Self {
+        if self.is_rsa() { Self::Rsa2048 } else { self }
+    }
+
+    fn digest(self) -> MessageDigest {
+        if self == Self::P384 { MessageDigest::sha384() } else { MessageDigest::sha256() }
+    }
+}
+
+/// Why no card was made. What had been made of it is removed.
+#[derive(Debug, Error)]
+pub(crate) enum NewCardError {
+    #[error("{0:?} is not empty; name a directory that is, or that does not exist")]
+    NotEmpty(PathBuf),
+    #[error("{path:?}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{0:?} is no UTF-8 text, which NSS needs of a path")]
+    NotText(PathBuf),
+    #[error("--{option}: {source}")]
+    SecretFile { option: &'static str, source: SecretFileError },
+    #[error("--pin-file {}: the PIN of a PIV card has 6 to 8 digits (SP 800-73-4 Part 2 §2.4.3)", .0.display())]
+    Pin(PathBuf),
+    #[error("--puk-file {}: {source}", path.display())]
+    Puk { path: PathBuf, source: CardPinError },
+    #[error("OpenSSL made no key or certificate: {0}")]
+    Crypto(#[from] ErrorStack),
+    #[error("{0} is missing, which --nss needs; install the package libnss3-tools (nss-tools on Fedora)")]
+    NoTool(&'static str),
+    #[error("{program} failed: {said:?}")]
+    Tool { program: &'static str, said: String },
+    #[error("{CARD_FILE}: {0}")]
+    CardFile(#[from] toml::ser::Error),
+    /// The card is opened once, so that what is handed out works.
+    #[error(transparent)]
+    Directory(#[from] CardDirectoryError),
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+impl NewCard {
+    /// Makes the card, all of it or nothing, and says where it is.
+    pub(crate) fn run(self) -> Result<String, NewCardError> {
+        let secrets = self.secrets()?;
+        let made = claim_directory(&self.directory)?;
+        if let Err(error) = self.fill(&secrets) {
+            // It was empty before. What cannot be removed is left: the error is of more interest.
+            let _ = empty_directory(&self.directory);
+            if made {
+                let _ = fs::remove_dir(&self.directory);
+            }
+            return Err(error);
+        }
+        let directory = self.directory.display();
+        Ok(format!("{directory} holds a card of {}; {directory}/README.txt says how to use it", self.name))
+    }
+
+    /// PIN and PUK, fit for a card.
+    fn secrets(&self) -> Result<(Secret, Option<Secret>), NewCardError> {
+        let read = |option, path: &Path| {
+            read_secret_file(path).map_err(|source| NewCardError::SecretFile { option, source })
+        };
+        let pin = read("pin-file", &self.pin_file)?;
+        if !(6..=8).contains(&pin.len()) || !pin.expose().iter().all(u8::is_ascii_digit) {
+            return Err(NewCardError::Pin(self.pin_file.clone()));
+        }
+        let puk = match &self.puk_file {
+            None => None,
+            Some(path) => {
+                let puk = read("puk-file", path)?;
+                check_puk(&puk).map_err(|source| NewCardError::Puk { path: path.clone(), source })?;
+                Some(puk)
+            }
+        };
+        Ok((pin, puk))
+    }
+
+    fn fill(&self, (pin, puk): &(Secret, Option<Secret>)) -> Result<(), NewCardError> {
+        let file = |name: &str| self.directory.join(name);
+        let authority = Authority::new(self.algorithm, Validity::new(self.days, self.expired))?;
+        write(&file("ca.pem"), &authority.certificate.to_pem()?, 0o644)?;
+        write(&file("ca.key"), &Zeroizing::new(authority.key.private_key_to_pem_pkcs8()?), 0o600)?;
+
+        let password_file = file(PASSWORD_FILE);
+        let database = match self.nss {
+            true => Some(Database::create(&file(DATABASE), &password_file)?),
+            false => None,
+        };
+        let holder = Holder { name: &self.name, upn: self.upn.as_deref(), email: self.email.as_deref() };
+        let mut certificates = Vec::new();
+        for purpose in Purpose::ALL {
+            let (certificate, key) = authority.issue(purpose, self.algorithm, &holder)?;
+            let name = purpose.name();
+            write(&file(&format!("{name}.pem")), &certificate.to_pem()?, 0o644)?;
+            match &database {
+                Some(database) => database.add(name, &certificate, &key)?,
+                None => {
+                    let key = Zeroizing::new(key.private_key_to_pem_pkcs8()?);
+                    write(&file(&format!("{name}.key")), &key, 0o600)?;
+                }
+            }
+            certificates.push(certificate);
+        }
+        let revoked = if self.revoked { &certificates[..] } else { &[] };
+        write(&file("crl.pem"), &authority.revoke(revoked)?.to_pem()?, 0o644)?;
+        write(&file(CARD_FILE), self.card_file()?.as_bytes(), 0o644)?;
+        self.set_pin(pin, puk.as_ref())?;
+        write(&file("README.txt"), self.readme().as_bytes(), 0o644)
+    }
+
+    fn card_file(&self) -> Result<String, NewCardError> {
+        let names = Purpose::ALL.map(Purpose::name);
+        let pem = |name| PemFiles { certificate: format!("{name}.pem"), key: format!("{name}.key") };
+        let card = CardFile {
+            name: self.name.clone(),
+            profile: Profile::Dual,
+            pem: if self.nss { vec![] } else { names.map(pem).into() },
+            nss: self.nss.then(|| NssFiles {
+                database: DATABASE.into(),
+                password_file: PASSWORD_FILE.into(),
+                certificates: names.map(str::to_owned).into(),
+            }),
+        };
+        Ok(toml::to_string(&card)?)
+    }
+
+    fn set_pin(&self, pin: &Secret, puk: Option<&Secret>) -> Result<(), NewCardError> {
+        let card = CardDirectory::open(&self.directory)?;
+        let (store, password) = card.open_keys()?;
+        let claim = card.claim(&CardId::derive(store.certificates(), ""))?;
+        ReferenceData::of_card(&card.state(), &claim, Some(pin), puk, password, DEFAULT_TRIES)?;
+        Ok(())
+    }
+
+    fn readme(&self) -> String {
+        let keys = match self.nss {
+            true => {
+                "nssdb/                   its private keys and certificates, an NSS database\n\
+                     nssdb.password           the password of that"
+            }
+            false => "*.key                    its private keys",
+        };
+        format!(
+            "\
+A test card of {name}, made by `vscclient new-card`. Run these commands in this directory.
+
+Without a VM, through the host's PC/SC service (packages pcscd, vsmartcard-vpcd, opensc):
+
+    vscclient card . vpcd:
+    opensc-tool --list-readers --name
+    pkcs11-tool --list-objects
+    pkcs11-tool --login --test
+
+In a VM of QEMU, started with
+-usb -device usb-ccid -chardev socket,id=card,path=card.sock,server=on,wait=off
+-device ccid-card-passthru,chardev=card
+
+    vscclient card . unix:card.sock
+
+Are the certificates good?
+
+    openssl verify -CAfile ca.pem -crl_check -CRLfile crl.pem authentication.pem
+
+What is here:
+
+card.toml                what the card is made of
+authentication.pem       logs in: TLS clients, smart card logon
+signature.pem            signs mail and documents
+encryption.pem           decrypts mail
+card-authentication.pem  tells that the card is genuine; its key asks for no PIN
+{keys}
+state/                   PIN and PUK (hashes) and their counters
+ca.pem, ca.key           the certification authority
+crl.pem                  its list of revoked certificates
+
+Everything is for tests: whoever can read the keys has the card.
+",
+            name = self.name
+        )
+    }
+}
+
+/// Makes the directory, nobody else's; tells whether it was not there before.
+fn claim_directory(directory: &Path) -> Result<bool, NewCardError> {
+    let fail = |source| NewCardError::Io { path: directory.to_owned(), source };
+    match DirBuilder::new().mode(0o700).create(directory) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if fs::read_dir(directory).map_err(fail)?.next().is_some() {
+                return Err(NewCardError::NotEmpty(directory.to_owned()));
+            }
+            fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(fail)?;
+            Ok(false)
+        }
+        Err(error) => Err(fail(error)),
+    }
+}
+
+fn empty_directory(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn make_directory(path: &Path) -> Result<(), NewCardError> {
+    let made = DirBuilder::new().mode(0o700).create(path);
+    made.map_err(|source| NewCardError::Io { path: path.to_owned(), source })
+}
+
+fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), NewCardError> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
+    let written = file.and_then(|mut file| file.write_all(content));
+    written.map_err(|source| NewCardError::Io { path: path.to_owned(), source })
+}
+
+fn parse_name(text: &str) -> Result<String, String> {
+    directory::check_name(text).map(|()| text.to_owned()).map_err(str::to_owned)
+}
+
+fn parse_upn(text: &str) -> Result<String, String> {
+    match text.split_once('@') {
+        Some((user, realm)) if !user.is_empty() && !realm.is_empty() && !realm.contains('@') => {}
+        _ => return Err("expected NAME@REALM".into()),
+    }
+    if text.len() > MAX_ADDRESS || text.chars().any(|char| char.is_control() || char.is_whitespace()) {
+        return Err(format!("expected at most {MAX_ADDRESS} bytes without spaces"));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_email(text: &str) -> Result<String, String> {
+    // RFC 5280 §4.2.1.6: an rfc822Name is an IA5String.
+    if text.is_ascii() { parse_upn(text) } else { Err("expected ASCII characters".into()) }
+}
