@@ -114,7 +114,12 @@ fn certificates_say_what_their_keys_are_for() {
             let (said, good) = place.verify(name, "-crl_check -CRLfile crl.pem");
             assert!(good, "{said}");
         }
-        assert!(!place.text("card-authentication").contains("Jane"));
+        let text = place.text("card-authentication");
+        assert!(!text.contains("Jane"));
+        // The UUID is the card's.
+        let guid = CardId::derive(store.certificates(), "").guid();
+        let guid: String = guid.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert!(text.replace('-', "").contains(&format!("URI:urn:uuid:{guid}")), "{text}");
         let serials: HashSet<_> =
             NAMES.map(|name| place.openssl(&format!("x509 -in {name}.pem -noout -serial")).0).into();
         assert_eq!(serials.len(), 4);
