@@ -33,8 +33,7 @@
 //! * There is one PIN and one login. It is forgotten at reset, at a wrong PIN and at [`EmulatedCard::logout`].
 //!   Private keys ask for it even where the store would not: what makes a PIN right is the [`ReferenceData`]'s to
 //!   say. Only PIV's card authentication key works without, where the store allows it.
-//! * The PIV application is selected from the start, and each SELECT that enters or leaves it, or selects it again,
-//!   forgets the PIN. Among the applets of a CAC the PIN is the card's: it may be verified before any of them is
+//! * The PIV application is selected from the start, and each SELECT that enters or leaves it forgets the PIN. Among the applets of a CAC the PIN is the card's: it may be verified before any of them is
 //!   selected, and survives SELECT.
 //! * PIV's rule that the signature key wants the PIN before each use (SP 800-73-4 Part 1 §3.1.3) is PIV's alone: on
 //!   a dual card the same key is in a CAC container, which has no such rule.
@@ -495,7 +494,8 @@ impl EmulatedCard {
         let found = self.applets.iter().enumerate().find(|(_, applet)| applet.answers_to(command.data()));
         let Some((index, applet)) = found else { return StatusWord::NOT_FOUND.into() };
         let answer = if p2 & 0x0C == 0x0C { StatusWord::SUCCESS.into() } else { applet.fci().into() };
-        if self.is_piv_selected() || self.piv() == Some(index) {
+        // SP 800-73-4 Part 2 §3.1.1: selected anew, the PIV application's security status is unchanged.
+        if self.is_piv_selected() != (self.piv() == Some(index)) {
             self.logout();
         }
         self.volatile.selected = Some(index);

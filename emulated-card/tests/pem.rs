@@ -422,7 +422,7 @@ fn seeds() -> &'static Vec<(Vec<u8>, bool)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// A damaged file is an error, or it does no harm; never a panic, never a question on the terminal.
     #[test]

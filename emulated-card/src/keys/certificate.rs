@@ -21,6 +21,7 @@ pub(super) struct Parts {
     /// SubjectPublicKeyInfo, DER.
     pub(super) public_key: Vec<u8>,
     /// notAfter, then notBefore, since 1970: the greater, the later the certificate.
+    #[cfg_attr(not(all(unix, feature = "nss")), expect(dead_code, reason = "files hold no renewals"))]
     pub(super) validity: (Duration, Duration),
     key: Key,
 }

@@ -95,7 +95,8 @@ pub(crate) enum Access {
     OwnersAlone,
 }
 
-/// Reads a regular file up to the end or one byte more than `max`, which tells the caller that it is too long.
+/// Reads a file, as [`read_secret_file`] takes it, up to the end or one byte more than `max`, which tells the caller
+/// that it is too long.
 pub(crate) fn read_file(
     path: &Path,
     max: usize,

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use emulated_card::keys::{Curve, KeyKind};
 use openssl::asn1::{Asn1Integer, Asn1Object, Asn1Time};
 use openssl::bn::{BigNum, MsbOption};
 use openssl::ec::{EcGroup, EcKey};
 use openssl::error::ErrorStack;
 use openssl::nid::Nid;
-use openssl::pkey::{PKey, Private};
+use openssl::pkey::{Id, PKey, Private};
 use openssl::rsa::Rsa;
 use openssl::x509::extension::{
     AuthorityKeyIdentifier, BasicConstraints, CrlNumber, ExtendedKeyUsage, KeyUsage, SubjectAlternativeName,
@@ -56,6 +57,8 @@ pub(super) struct Holder<'a> {
     pub(super) name: &'a str,
     pub(super) upn: Option<&'a str>,
     pub(super) email: Option<&'a str>,
+    /// The card's GUID, which tells it from others without telling who holds it.
+    pub(super) card: [u8; 16],
 }
 
 /// From when until when the card's certificates are valid.
@@ -106,14 +109,12 @@ impl Authority {
         Ok(Self { certificate: builder.build(), key, algorithm, validity })
     }
 
-    /// Makes a key and a certificate for it.
     pub(super) fn issue(
         &self,
         purpose: Purpose,
-        algorithm: Algorithm,
+        key: &PKey<Private>,
         holder: &Holder<'_>,
-    ) -> Result<(X509, PKey<Private>), ErrorStack> {
-        let key = generate(algorithm)?;
+    ) -> Result<X509, ErrorStack> {
         let mut usage = KeyUsage::new();
         let mut extended = ExtendedKeyUsage::new();
         let mut names = SubjectAlternativeName::new();
@@ -133,7 +134,7 @@ impl Authority {
             (Purpose::Signature | Purpose::Encryption, Holder { email, .. }) => {
                 match purpose {
                     Purpose::Signature => usage.digital_signature().non_repudiation(),
-                    _ if algorithm.is_rsa() => usage.key_encipherment(),
+                    _ if key.id() == Id::RSA => usage.key_encipherment(),
                     _ => usage.key_agreement(),
                 };
                 extended.email_protection();
@@ -143,15 +144,15 @@ impl Authority {
                 }
             }
             // FIPS 201-2 §4.2.2.2: it is about the card, and does not tell who holds it.
-            (Purpose::CardAuthentication, _) => {
+            (Purpose::CardAuthentication, Holder { card, .. }) => {
                 usage.digital_signature();
                 extended.critical().other(PIV_CARD_AUTHENTICATION);
-                let uuid = uuid()?;
+                let uuid = uuid(*card);
                 subject_name = subject(&[(Nid::SERIALNUMBER, &uuid)])?;
                 names.uri(&format!("urn:uuid:{uuid}"));
             }
         }
-        let mut builder = builder(&subject_name, &key, self.validity.from, self.validity.until)?;
+        let mut builder = builder(&subject_name, key, self.validity.from, self.validity.until)?;
         builder.set_issuer_name(self.certificate.subject_name())?;
         builder.append_extension(BasicConstraints::new().critical().build()?)?;
         builder.append_extension(usage.critical().build()?)?;
@@ -168,7 +169,7 @@ impl Authority {
             builder.append_extension(extension)?;
         }
         builder.sign(&self.key, self.algorithm.digest())?;
-        Ok((builder.build(), key))
+        Ok(builder.build())
     }
 
     /// A CRL with these certificates.
@@ -195,14 +196,11 @@ impl Authority {
     }
 }
 
-fn generate(algorithm: Algorithm) -> Result<PKey<Private>, ErrorStack> {
-    let curve = match algorithm {
-        Algorithm::Rsa1024 => return PKey::from_rsa(Rsa::generate(1024)?),
-        Algorithm::Rsa2048 => return PKey::from_rsa(Rsa::generate(2048)?),
-        Algorithm::Rsa3072 => return PKey::from_rsa(Rsa::generate(3072)?),
-        Algorithm::Rsa4096 => return PKey::from_rsa(Rsa::generate(4096)?),
-        Algorithm::P256 => Nid::X9_62_PRIME256V1,
-        Algorithm::P384 => Nid::SECP384R1,
+pub(super) fn generate(algorithm: Algorithm) -> Result<PKey<Private>, ErrorStack> {
+    let curve = match algorithm.kind() {
+        KeyKind::Rsa { bits } => return PKey::from_rsa(Rsa::generate(bits as u32)?),
+        KeyKind::Ec(Curve::P256) => Nid::X9_62_PRIME256V1,
+        KeyKind::Ec(Curve::P384) => Nid::SECP384R1,
     };
     let group = EcGroup::from_curve_name(curve)?;
     PKey::from_ec_key(EcKey::generate(&group)?)
@@ -245,12 +243,8 @@ fn utf8_string(text: &str) -> Vec<u8> {
     [&[0x0C, text.len() as u8], text.as_bytes()].concat()
 }
 
-/// A random UUID (RFC 4122 §4.4).
-fn uuid() -> Result<String, ErrorStack> {
-    let mut bytes = [0; 16];
-    openssl::rand::rand_bytes(&mut bytes)?;
-    bytes[6] = bytes[6] & 0x0F | 0x40;
-    bytes[8] = bytes[8] & 0x3F | 0x80;
+/// As RFC 9562 §4 writes it.
+fn uuid(bytes: [u8; 16]) -> String {
     let hex = format!("{:032x}", u128::from_be_bytes(bytes));
-    Ok([&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-"))
+    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
 }

@@ -12,12 +12,14 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use emulated_card::keys::{Certificate, Curve, KeyKind};
 use emulated_card::pin::{
     CardPinError, DEFAULT_TRIES, ReferenceData, SecretFileError, check_puk, read_secret_file,
 };
 use emulated_card::state::{CardId, StateError};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
+use openssl::pkey::{PKey, Private};
 use thiserror::Error;
 use vscard_protocol::Secret;
 use zeroize::Zeroizing;
@@ -83,12 +85,22 @@ pub(crate) enum Algorithm {
 }
 
 impl Algorithm {
-    fn is_rsa(self) -> bool {
-        !matches!(self, Self::P256 | Self::P384)
+    fn kind(self) -> KeyKind {
+        match self {
+            Self::Rsa1024 => KeyKind::Rsa { bits: 1024 },
+            Self::Rsa2048 => KeyKind::Rsa { bits: 2048 },
+            Self::Rsa3072 => KeyKind::Rsa { bits: 3072 },
+            Self::Rsa4096 => KeyKind::Rsa { bits: 4096 },
+            Self::P256 => KeyKind::Ec(Curve::P256),
+            Self::P384 => KeyKind::Ec(Curve::P384),
+        }
     }
 
     fn of_authority(self) -> Self {
-        if self.is_rsa() { Self::Rsa2048 } else { self }
+        match self.kind() {
+            KeyKind::Rsa { .. } => Self::Rsa2048,
+            KeyKind::Ec(_) => self,
+        }
     }
 
     fn digest(self) -> MessageDigest {
@@ -174,14 +186,21 @@ impl NewCard {
             true => Some(Database::create(&file(DATABASE), &password_file)?),
             false => None,
         };
-        let holder = Holder { name: &self.name, upn: self.upn.as_deref(), email: self.email.as_deref() };
+        let keys = (0..Purpose::ALL.len()).map(|_| authority::generate(self.algorithm));
+        let keys: Vec<_> = keys.collect::<Result<_, _>>()?;
+        let holder = Holder {
+            name: &self.name,
+            upn: self.upn.as_deref(),
+            email: self.email.as_deref(),
+            card: self.identity(&keys)?.guid(),
+        };
         let mut certificates = Vec::new();
-        for purpose in Purpose::ALL {
-            let (certificate, key) = authority.issue(purpose, self.algorithm, &holder)?;
+        for (purpose, key) in Purpose::ALL.into_iter().zip(&keys) {
+            let certificate = authority.issue(purpose, key, &holder)?;
             let name = purpose.name();
             write(&file(&format!("{name}.pem")), &certificate.to_pem()?, 0o644)?;
             match &database {
-                Some(database) => database.add(name, &certificate, &key)?,
+                Some(database) => database.add(name, &certificate, key)?,
                 None => {
                     let key = Zeroizing::new(key.private_key_to_pem_pkcs8()?);
                     write(&file(&format!("{name}.key")), &key, 0o600)?;
@@ -194,6 +213,16 @@ impl NewCard {
         write(&file(CARD_FILE), self.card_file()?.as_bytes(), 0o644)?;
         self.set_pin(pin, puk.as_ref())?;
         write(&file("README.txt"), self.readme().as_bytes(), 0o644)
+    }
+
+    /// Who the card will be: that comes from its keys alone, so it can be told to its certificates.
+    fn identity(&self, keys: &[PKey<Private>]) -> Result<CardId, NewCardError> {
+        let certificate = |key: &PKey<Private>| {
+            let (name, der, kind) = (String::new(), vec![], self.algorithm.kind());
+            Ok(Certificate { name, der, public_key: key.public_key_to_der()?, kind })
+        };
+        let certificates: Vec<_> = keys.iter().map(certificate).collect::<Result<_, ErrorStack>>()?;
+        Ok(CardId::derive(&certificates, ""))
     }
 
     fn card_file(&self) -> Result<String, NewCardError> {

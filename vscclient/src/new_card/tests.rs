@@ -1,6 +1,8 @@
 //! New cards, looked at with openssl.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 
 use clap::Parser;
@@ -115,7 +117,12 @@ fn certificates_say_what_their_keys_are_for() {
             let (said, good) = place.verify(name, "-crl_check -CRLfile crl.pem");
             assert!(good, "{said}");
         }
-        assert!(!place.text("card-authentication").contains("Jane"));
+        let text = place.text("card-authentication");
+        assert!(!text.contains("Jane"));
+        // The UUID is the card's.
+        let guid = CardId::derive(store.certificates(), "").guid();
+        let guid: String = guid.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert!(text.replace('-', "").contains(&format!("URI:urn:uuid:{guid}")), "{text}");
         let serials: HashSet<_> =
             NAMES.map(|name| place.openssl(&format!("x509 -in {name}.pem -noout -serial")).0).into();
         assert_eq!(serials.len(), 4);
@@ -231,6 +238,26 @@ fn a_directory_with_something_in_it_is_left_alone() {
     assert_eq!(fs::metadata(place.path("card")).unwrap().permissions().mode() & 0o777, 0o700);
     assert!(place.new_card(&["--algorithm", "p256"]).unwrap_err().to_string().contains("is not empty"));
     place.card().open_keys().unwrap();
+}
+
+#[test]
+fn a_card_that_cannot_be_made_leaves_nothing() {
+    let place = Place::new();
+    // NSS takes no such path, which shows when the authority is made already.
+    let card = place.0.path().join(OsStr::from_bytes(b"card\xff"));
+    let (directory, pin) = (card.as_os_str(), place.path("pin"));
+    let line = ["vscclient", "new-card", "--nss", "--algorithm", "rsa1024", "--name", "J", "--pin-file"];
+    let line = line.map(OsStr::new).into_iter().chain([pin.as_os_str(), directory]);
+    let fail = || {
+        let cli = Cli::try_parse_from(line.clone()).unwrap();
+        let Some(Subcommand::NewCard(new_card)) = cli.command else { panic!("another command") };
+        assert!(matches!(new_card.run(), Err(NewCardError::NotText(_))));
+    };
+    fail();
+    assert!(!card.exists());
+    fs::create_dir(&card).unwrap();
+    fail();
+    assert_eq!(fs::read_dir(&card).unwrap().count(), 0);
 }
 
 #[test]

@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use openssl::bn::BigNumContext;
 use openssl::derive::Deriver;
-use openssl::ec::{EcKey, EcPoint};
+use openssl::ec::{EcKey, EcPoint, PointConversionForm};
 use openssl::ecdsa::EcdsaSig;
 use openssl::error::ErrorStack;
-use openssl::pkey::{PKey, Private};
+use openssl::nid::Nid;
+use openssl::pkey::{Id, PKey, Private};
 use openssl::rsa::{Padding, Rsa};
 use vscard_protocol::Secret;
 use zeroize::Zeroizing;
@@ -153,14 +154,13 @@ fn open_one(source: &PemSource, password: Option<&Secret>) -> Result<(Certificat
                 continue;
             }
         };
-        let certified = PKey::public_key_from_der(&public_key);
-        if certified.is_ok_and(|certified| certified.public_eq(&key)) {
+        let bad_key = |BadKey| OpenError::Contents {
+            path: source.key_path().to_owned(),
+            what: "holds a damaged private key",
+        };
+        if let Some(key) = Key::of(&public, &public_key, &key).map_err(bad_key)? {
             let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let name = name.unwrap_or_else(stem);
-            let key = Key::new(&key, &public).ok_or_else(|| OpenError::Contents {
-                path: source.key_path().to_owned(),
-                what: "holds a damaged private key",
-            })?;
             return Ok((Certificate { name, der, public_key, kind: public.kind() }, key));
         }
     }
@@ -211,23 +211,51 @@ enum Key {
 }
 
 impl Key {
-    /// `None` if OpenSSL read something as a key that it cannot be.
-    fn new(key: &PKey<Private>, public: &PublicKey) -> Option<Self> {
+    /// The key as that of a certificate with this public key; `None` if it is another's.
+    fn of(public: &PublicKey, info: &[u8], key: &PKey<Private>) -> Result<Option<Self>, BadKey> {
         match public {
-            PublicKey::Rsa { modulus } => {
-                let key = key.rsa().ok()?;
-                // Exponents without bound would make one operation last for minutes.
+            PublicKey::Rsa { modulus } if key.id() == Id::RSA => {
+                let key = key.rsa()?;
+                // The RSAPublicKey is what a SubjectPublicKeyInfo ends in (RFC 3279 §2.3.1).
+                if !info.ends_with(&key.public_key_to_der_pkcs1()?) {
+                    return Ok(None);
+                }
+                // Numbers without bound would make one operation last for minutes.
                 let bits = key.n().num_bits();
-                let factors = [Some(key.d()), key.p(), key.q(), key.dmp1(), key.dmq1()];
-                let sound = factors.into_iter().flatten().all(|number| number.num_bits() <= bits);
-                sound.then(|| Self::Rsa { key, modulus: modulus.clone() })
+                let private = [Some(key.d()), key.p(), key.q(), key.dmp1(), key.dmq1()];
+                if private.into_iter().flatten().any(|number| number.num_bits() > bits) {
+                    return Err(BadKey);
+                }
+                Ok(Some(Self::Rsa { key, modulus: modulus.clone() }))
             }
-            PublicKey::Ec { curve, .. } => {
-                let signer = key.ec_key().ok()?;
-                let deriver = PKey::from_ec_key(signer.clone()).ok()?;
-                Some(Self::Ec { curve: *curve, signer, deriver })
+            PublicKey::Ec { curve, point } if key.id() == Id::EC => {
+                let signer = key.ec_key()?;
+                let group = signer.group();
+                let name = match curve {
+                    Curve::P256 => Nid::X9_62_PRIME256V1,
+                    Curve::P384 => Nid::SECP384R1,
+                };
+                if group.curve_name() != Some(name) {
+                    return Ok(None);
+                }
+                let form = PointConversionForm::UNCOMPRESSED;
+                if signer.public_key().to_bytes(group, form, &mut *BigNumContext::new()?)? != *point {
+                    return Ok(None);
+                }
+                let deriver = PKey::from_ec_key(signer.clone())?;
+                Ok(Some(Self::Ec { curve: *curve, signer, deriver }))
             }
+            _ => Ok(None),
         }
+    }
+}
+
+/// OpenSSL read something as a key that it cannot be.
+struct BadKey;
+
+impl From<ErrorStack> for BadKey {
+    fn from(_: ErrorStack) -> Self {
+        Self
     }
 }
 
