@@ -336,6 +336,7 @@ mod tests {
         assert!(matches!(&certificates.keys, Keys::Database(db) if db == "sql:/d,x"));
         let names: Vec<_> = certificates.certificates.iter().map(|wanted| wanted.name.as_str()).collect();
         assert_eq!(names, ["a", "b"]);
+        assert_eq!((card.reader, card.slot), (0, Some(2)));
         let card: CardSpec = "host-certificates,pem=a.crt,,a.key,cert=9e=a,profile=piv".parse().unwrap();
         let CardKind::Certificates(files) = card.kind else { panic!("kind") };
         assert!(matches!(&files.keys, Keys::Files(files) if files.len() == 1));
@@ -344,7 +345,6 @@ mod tests {
         assert!(matches!(&token.keys, Keys::Token { db: None, .. }));
         let card: CardSpec = "pcsc,name=Yubico*,exclusive,reader=1".parse().unwrap();
         assert!(matches!(card.kind, CardKind::Raw(raw) if raw.config.exclusive));
-        assert_eq!((card.reader, card.slot), (0, Some(2)));
         let card: CardSpec = "passthrough,deadline=5,reader=1,unix-listen:/run/a,,b.sock".parse().unwrap();
         let CardKind::Passthru { deadline, endpoint } = card.kind else { panic!("kind") };
         assert_eq!((deadline.as_secs(), endpoint.to_string().as_str()), (5, "unix-listen:/run/a,,b.sock"));
