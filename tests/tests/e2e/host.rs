@@ -4,6 +4,8 @@ mod lifecycle;
 mod opensc;
 mod programs;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -11,6 +13,9 @@ use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::pcscd::Pcscd;
 use stack_tests::process::Process;
 
+/// For cards with a PIN that is not the database's password.
+const OWN_PIN: &str = "246810";
+const OWN_PUK: &str = "13579135";
 const MESSAGE: &[u8] = b"to be signed by the card\n";
 
 /// What kind of card it is about.
@@ -101,7 +106,24 @@ struct Bench {
 impl Bench {
     async fn start(suite: Suite) -> Result<Self> {
         let (pcscd, database) = (Pcscd::start().await?, suite.database()?);
-        let card = card(&pcscd, &database, &["vpcd:"])?;
+        let card = card(&pcscd, suite, &database, &["vpcd:"])?;
+        Self::with(suite, pcscd, database, card).await
+    }
+
+    /// A card with a PIN of its own, and a PUK.
+    async fn with_own_pin(suite: Suite) -> Result<Self> {
+        let (pcscd, database) = (Pcscd::start().await?, suite.database()?);
+        for (name, secret) in [("own-pin", OWN_PIN), ("own-puk", OWN_PUK), ("password", PIN)] {
+            std::fs::write(pcscd.path(name), secret)?;
+            std::fs::set_permissions(pcscd.path(name), Permissions::from_mode(0o600))?;
+        }
+        let files = ["--pin-file", "own-pin", "--puk-file", "own-puk", "--password-file", "password"];
+        let card = card(&pcscd, suite, &database, &[&files[..], &["vpcd:"]].concat())?;
+        Self::with(suite, pcscd, database, card).await
+    }
+
+    /// With a card that was started a moment ago.
+    async fn with(suite: Suite, pcscd: Pcscd, database: Database, card: Process) -> Result<Self> {
         pcscd.card_in(0).await.with_context(|| card.log())?;
         std::fs::write(pcscd.path("message"), MESSAGE)?;
         Ok(Self { suite, pcscd, database, card })
@@ -119,9 +141,9 @@ impl Bench {
 }
 
 /// vscclient with the database's three certificates.
-fn card(pcscd: &Pcscd, database: &Database, args: &[&str]) -> Result<Process> {
-    let spec = database.spec();
-    let mut all = vec!["--db", &spec];
+fn card(pcscd: &Pcscd, suite: Suite, database: &Database, args: &[&str]) -> Result<Process> {
+    let (spec, profile) = (database.spec(), if suite.applet == Applet::Piv { "piv" } else { "cac" });
+    let mut all = vec!["--profile", profile, "--db", &spec];
     all.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
     all.extend(args);
     pcscd.start_program("vscclient", all)
@@ -163,19 +185,23 @@ async fn cac_with_rsa_keys() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "there is no PIV applet yet"]
 async fn piv_with_rsa_keys() -> Result<()> {
     everything(Suite { applet: Applet::Piv, algorithm: Algorithm::Rsa }).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "there is no PIV applet yet"]
 async fn piv_with_p256_keys() -> Result<()> {
     everything(Suite { applet: Applet::Piv, algorithm: Algorithm::P256 }).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "there is no PIV applet yet"]
 async fn piv_with_p384_keys() -> Result<()> {
     everything(Suite { applet: Applet::Piv, algorithm: Algorithm::P384 }).await
+}
+
+/// The PIN is changed, and changed back; blocked by wrong ones it is unblocked with the PUK.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_of_its_own_is_changed_and_unblocked() -> Result<()> {
+    let suite = Suite { applet: Applet::Piv, algorithm: Algorithm::P256 };
+    opensc::own_pin(&Bench::with_own_pin(suite).await?).await
 }

@@ -58,7 +58,8 @@ async fn a_command_of_one_byte_does_not_stop_the_reader() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_cards_in_two_readers() -> Result<()> {
     let mut bench = Bench::start(CAC).await?;
-    let second = card(&bench.pcscd, &bench.database, &["--card-name", "second", "vpcd:localhost,slot=1"])?;
+    let second =
+        card(&bench.pcscd, CAC, &bench.database, &["--card-name", "second", "vpcd:localhost,slot=1"])?;
     bench.pcscd.card_in(1).await?;
     let said = bench.pcscd.ok(&format!("p11tool --provider {} --list-token-urls", module()?)).await?;
     let mut uris: Vec<&str> = said.lines().filter(|line| line.contains("serial=")).collect();

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use stack_tests::database::{NAMES, PIN};
 
-use super::{Algorithm, Applet, Bench, MESSAGE, module};
+use super::{Algorithm, Applet, Bench, MESSAGE, OWN_PIN, OWN_PUK, module};
 
 /// The card is known for what it is, and listed without a complaint.
 pub(super) async fn tools(bench: &Bench) -> Result<()> {
@@ -93,5 +93,26 @@ pub(super) async fn wrong_pin(bench: &Bench) -> Result<()> {
 pub(super) async fn own_test(bench: &Bench) -> Result<()> {
     let said = bench.pkcs11("--test").await?;
     ensure!(said.lines().any(|line| line == "No errors"), "{said}");
+    Ok(())
+}
+
+/// Changes a PIN and back, blocks it, and unblocks it with the PUK.
+pub(super) async fn own_pin(bench: &Bench) -> Result<()> {
+    const NEW_PIN: &str = "975310";
+    let (pcscd, pkcs11) = (&bench.pcscd, format!("pkcs11-tool --module {}", module()?));
+    let logs_in = async |pin: &str| -> Result<bool> {
+        Ok(pcscd.words(&format!("{pkcs11} -O --login --pin {pin}")).await?.status.success())
+    };
+    ensure!(logs_in(OWN_PIN).await? && !logs_in(PIN).await?, "the database's password is no PIN");
+    pcscd.ok(&format!("{pkcs11} --login --pin {OWN_PIN} --change-pin --new-pin {NEW_PIN}")).await?;
+    ensure!(logs_in(NEW_PIN).await? && !logs_in(OWN_PIN).await?, "the PIN is changed");
+    pcscd.ok(&format!("{pkcs11} --login --pin {NEW_PIN} --change-pin --new-pin {OWN_PIN}")).await?;
+    for _ in 0..3 {
+        ensure!(!logs_in("000000").await?);
+    }
+    let ran = pcscd.words(&format!("{pkcs11} -O --login --pin {OWN_PIN}")).await?;
+    ensure!(ran.text.contains("CKR_PIN_LOCKED"), "{}", ran.text);
+    pcscd.ok(&format!("pkcs15-tool --unblock-pin --auth-id 01 --puk {OWN_PUK} --new-pin {NEW_PIN}")).await?;
+    ensure!(logs_in(NEW_PIN).await?, "the PIN is unblocked");
     Ok(())
 }
