@@ -300,7 +300,7 @@ async fn a_reboot_reaches_a_remote_card() -> Result<()> {
     let (spec, endpoint) = (stack.database.spec(), format!("unix:{}", stack.place.path("card")));
     let _client = Process::start(
         "vscclient",
-        ["--db", &spec, "-c", NAMES[0], &endpoint],
+        ["--profile", "cac", "--db", &spec, "-c", NAMES[0], &endpoint],
         &[("XDG_STATE_HOME", OsStr::new(stack.state.path()))],
     )?;
     works(guest).await?;

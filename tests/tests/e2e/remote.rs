@@ -30,7 +30,7 @@ fn passthru(_database: &Database, place: &Place) -> Vec<String> {
 
 fn client(stack: &Stack, endpoint: &str, more: &[&str]) -> Result<Process> {
     let spec = stack.database.spec();
-    let mut args = vec!["--db", &spec];
+    let mut args = vec!["--profile", "cac", "--db", &spec];
     args.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
     args.extend(more);
     args.push(endpoint);
