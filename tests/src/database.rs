@@ -2,11 +2,13 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use tempfile::TempDir;
+
+use crate::openssl::{self, output};
 
 /// Nicknames of the three certificates.
 pub const NAMES: [&str; 3] = ["id-cert", "signing-cert", "encryption-cert"];
@@ -65,39 +67,17 @@ impl Database {
             output(Command::new("certutil").args(["-L", "-a", "-n", name, "-d", &self.spec()]))?;
         let pem = self.path().join(format!("{name}.pem"));
         std::fs::write(&pem, certificate)?;
-        let key = output(Command::new("openssl").args(["x509", "-noout", "-pubkey", "-in"]).arg(&pem))?;
-        let file = self.path().join(format!("{name}.pub"));
-        std::fs::write(&file, key)?;
-        Ok(file)
+        openssl::public_key(&pem)
     }
 
     /// Whether openssl takes `signature` (PKCS#1 v1.5, SHA-256) of `message` for that of a certificate's key.
     pub fn verifies(&self, name: &str, message: &[u8], signature: &[u8]) -> Result<bool> {
-        let key = self.public_key(name)?;
-        let (data, sig) = (self.path().join("message"), self.path().join("signature"));
-        std::fs::write(&data, message)?;
-        std::fs::write(&sig, signature)?;
-        let said = Command::new("openssl")
-            .args(["dgst", "-sha256", "-verify"])
-            .arg(&key)
-            .arg("-signature")
-            .args([&sig, &data])
-            .output()?;
-        Ok(said.status.success() && said.stdout.starts_with(b"Verified OK"))
+        openssl::verifies(&self.public_key(name)?, "sha256", message, signature)
     }
 
     /// `message` encrypted to a certificate, PKCS#1 v1.5.
     pub fn encrypt(&self, name: &str, message: &[u8]) -> Result<Vec<u8>> {
-        let key = self.public_key(name)?;
-        let plain = self.path().join("plain");
-        std::fs::write(&plain, message)?;
-        output(
-            Command::new("openssl")
-                .args(["pkeyutl", "-encrypt", "-pubin", "-inkey"])
-                .arg(&key)
-                .arg("-in")
-                .arg(&plain),
-        )
+        openssl::encrypt(&self.public_key(name)?, message)
     }
 }
 
@@ -128,17 +108,4 @@ fn make(password: &str, keys: &str) -> Result<Files> {
     }
     let files = ["cert9.db", "key4.db", "pkcs11.txt"];
     files.into_iter().map(|name| Ok((name.into(), std::fs::read(path.join(name))?))).collect()
-}
-
-/// What a program prints; its complaints if it fails.
-fn output(command: &mut Command) -> Result<Vec<u8>> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("{name} cannot be started; `cargo xtask setup` installs it"))?;
-    if !output.status.success() {
-        bail!("{name}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(output.stdout)
 }

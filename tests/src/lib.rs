@@ -11,10 +11,12 @@ pub mod floor;
 pub mod guest;
 pub mod host;
 pub mod naive;
+pub mod openssl;
 pub mod passthru;
 pub mod pcscd;
 pub mod process;
 pub mod reader;
+pub mod softhsm;
 
 /// SELECT of the first PKI container.
 pub const SELECT: &str = "00A4040007A0000000790100";

@@ -95,10 +95,13 @@ pub struct Stack {
     pub link: Link,
 }
 
-/// vscclient with all three certificates on a CAC.
+/// vscclient with all three certificates, on a CAC if the arguments name no profile.
 pub fn client(database: &Database, state: &Path, link: &Link, args: &[&str]) -> Result<Process> {
     let spec = database.spec();
-    let mut all = vec!["--profile", "cac", "--db", &spec];
+    let mut all = vec!["--db", &spec];
+    if !args.contains(&"--profile") {
+        all.extend(["--profile", "cac"]);
+    }
     all.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
     all.extend(args);
     let endpoint = link.endpoint();

@@ -62,8 +62,13 @@ impl Place {
 
 /// The value of `--card` for a CAC with all three certificates of a database.
 pub fn certificates(database: &Database, more: &str) -> String {
+    certificates_as("cac", database, more)
+}
+
+/// The same for any profile.
+pub fn certificates_as(profile: &str, database: &Database, more: &str) -> String {
     let names: String = NAMES.iter().map(|name| format!(",cert={name}")).collect();
-    format!("cert,profile=cac,db={}{names}{more}", database.spec())
+    format!("cert,profile={profile},db={}{names}{more}", database.spec())
 }
 
 /// A guest, the daemon, its database and state.
@@ -88,7 +93,17 @@ impl Stack {
         options: &str,
         cards: impl FnOnce(&Database, &Place) -> Vec<String>,
     ) -> Result<Self> {
-        let (place, database, state) = (Place::new(bus)?, Database::with_password()?, tempfile::tempdir()?);
+        Self::with(bus, options, Database::with_password()?, cards).await
+    }
+
+    /// The same with a database of one's own.
+    pub async fn with(
+        bus: Bus,
+        options: &str,
+        database: Database,
+        cards: impl FnOnce(&Database, &Place) -> Vec<String>,
+    ) -> Result<Self> {
+        let (place, state) = (Place::new(bus)?, tempfile::tempdir()?);
         let mut args = vec!["--reader".to_owned(), place.reader(options)];
         args.extend(cards(&database, &place));
         let daemon = Process::start("ccid-device", args, &[("XDG_STATE_HOME", OsStr::new(state.path()))])?;

@@ -113,7 +113,7 @@ struct Way {
 impl Way {
     fn passthru(database: &Database) -> Result<Self> {
         let link = Link::new(Road::Unix)?;
-        let mut args = vec!["--db".to_owned(), database.spec()];
+        let mut args: Vec<String> = ["--profile", "cac", "--db", &database.spec()].map(str::to_owned).into();
         args.extend(NAMES.iter().flat_map(|name| ["--cert".to_owned(), (*name).to_owned()]));
         args.push(link.endpoint());
         Ok(Self {

@@ -128,7 +128,7 @@ async fn an_idle_client_uses_no_processor() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_pins_lock_the_card_and_unlock_helps() -> Result<()> {
     let mut stack = Stack::start(Road::Unix, &[]).await?;
-    lock(&stack.guest).await?;
+    lock(&stack.guest, 0x00).await?;
 
     // A restarted client still says locked.
     let gone = stack.guest.ok("guest-pcsc wait-card absent 20");
@@ -155,8 +155,8 @@ async fn ensure_locked(guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-/// Wrong PINs until the card is locked.
-async fn lock(guest: &Guest) -> Result<()> {
+/// Wrong PINs until the card is locked. PIV knows the PIN by another number than a CAC.
+async fn lock(guest: &Guest, reference: u8) -> Result<()> {
     for _ in 0..2 {
         let ran = guest.run(&login("000000")).await?;
         ensure!(ran.text().contains("CKR_PIN_INCORRECT"), "{}", ran.text());
@@ -164,7 +164,8 @@ async fn lock(guest: &Guest) -> Result<()> {
     // Two wrong ones, then the right one: the count starts again.
     guest.ok(&login(PIN)).await?;
     for left in ["63C2", "63C1", "63C0"] {
-        let answer = guest.ok("guest-pcsc transmit 0020000008303030303030FFFF").await?;
+        let answer =
+            guest.ok(&format!("guest-pcsc transmit 002000{reference:02X}08303030303030FFFF")).await?;
         ensure!(answer.to_uppercase().contains(left), "{answer}");
     }
     ensure_locked(guest).await
@@ -181,8 +182,13 @@ async fn unlock(database: &Database, state: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn lock_and_unlock(guest: &Guest, database: &Database, state: &Path) -> Result<()> {
-    lock(guest).await?;
+pub(crate) async fn lock_and_unlock(
+    guest: &Guest,
+    reference: u8,
+    database: &Database,
+    state: &Path,
+) -> Result<()> {
+    lock(guest, reference).await?;
     unlock(database, state).await?;
     guest.ok(&login(PIN)).await?;
     Ok(())

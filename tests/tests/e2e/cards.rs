@@ -148,7 +148,7 @@ async fn a_pin_of_its_own() -> Result<()> {
         let (host, state) = (Host::new()?, tempfile::tempdir()?);
         let (spec, endpoint) = (database.spec(), host.endpoint());
         let start = |more: &[&str]| {
-            let mut args = vec!["--db", &spec, "-c", "id-cert"];
+            let mut args = vec!["--profile", "cac", "--db", &spec, "-c", "id-cert"];
             args.extend(password.iter().flat_map(|file| ["--password-file", file]));
             args.extend(more);
             args.push(&endpoint);
@@ -174,7 +174,7 @@ async fn a_pin_of_its_own() -> Result<()> {
     let (spec, endpoint) = (database.spec(), host.endpoint());
     let client = Process::start(
         "vscclient",
-        ["--db", &spec, "-c", "id-cert", "--no-pin", &endpoint],
+        ["--profile", "cac", "--db", &spec, "-c", "id-cert", "--no-pin", &endpoint],
         &[("XDG_STATE_HOME", OsStr::new(state.path()))],
     )?;
     client.line("ANY PIN IS TAKEN FOR RIGHT").await?;

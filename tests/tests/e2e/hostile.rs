@@ -23,7 +23,7 @@ impl Victim {
     fn start() -> Result<Self> {
         let (host, database, state) = (Host::new()?, Database::with_password()?, tempfile::tempdir()?);
         let (spec, endpoint) = (database.spec(), host.endpoint());
-        let mut args = vec!["--trace", "-d", "11", "--db", &spec];
+        let mut args = vec!["--trace", "-d", "11", "--profile", "cac", "--db", &spec];
         args.extend(NAMES.iter().flat_map(|name| ["--cert", name]));
         args.push(&endpoint);
         let client = Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(state.path()))])?;

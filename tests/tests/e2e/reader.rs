@@ -12,7 +12,7 @@ async fn everything_over(bus: Bus) -> Result<()> {
     ensure!(readers.contains("Virtual Smartcard Reader"), "{readers}");
     stack.guest.ok("guest-pcsc wait-card present 30").await?;
     use_the_card(&stack.guest, &stack.database, PIN).await?;
-    lock_and_unlock(&stack.guest, &stack.database, stack.state.path()).await
+    lock_and_unlock(&stack.guest, 0x00, &stack.database, stack.state.path()).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,8 @@ impl Bench {
     }
 
     fn args(&self) -> Vec<String> {
-        let mut args = vec!["--db".to_owned(), self.database.spec()];
+        let mut args: Vec<String> =
+            ["--profile", "cac", "--db", &self.database.spec()].map(str::to_owned).into();
         args.extend(NAMES.iter().flat_map(|name| ["--cert".to_owned(), (*name).to_owned()]));
         args.push(self.host.endpoint());
         args

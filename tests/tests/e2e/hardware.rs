@@ -1,0 +1,2 @@
+//! Keys on tokens.
+
