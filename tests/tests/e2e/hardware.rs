@@ -1,2 +1,205 @@
-//! Keys on tokens.
+//! Keys on tokens of the host: hardware mode.
 
+use std::ffi::OsStr;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use stack_tests::guest::{Boot, Guest};
+use stack_tests::openssl::{self, Algorithm};
+use stack_tests::pcscd::Pcscd;
+use stack_tests::process::Process;
+use stack_tests::reader::{Bus, Place};
+use stack_tests::softhsm::{self, Token};
+
+use crate::piv::{PIN_STATUS, sign, statuses, verify};
+
+const WRONG: &str = "314159";
+const MESSAGE: &[u8] = b"signed by a token of the host";
+
+/// A guest whose pcscd has our reader, with a card in it.
+async fn guest(place: &Place) -> Result<Guest> {
+    let guest = Guest::boot(Boot::with(place.qemu())).await?;
+    guest.start_pcscd().await?;
+    guest.ok("guest-pcsc wait-reader 30").await?;
+    guest.ok("guest-pcsc wait-card present 30").await?;
+    Ok(guest)
+}
+
+/// A signature in the guest is by the key that belongs to a certificate.
+async fn signs(guest: &Guest, key: (&str, &str), algorithm: Algorithm, public_key: &Path) -> Result<()> {
+    let signature = sign(guest, key, algorithm, MESSAGE).await?;
+    let verifies = |message| openssl::verifies(public_key, algorithm.digest(), message, &signature);
+    ensure!(verifies(MESSAGE)? && !verifies(b"another message")?, "signature of key {}", key.1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
+    let algorithms = [Algorithm::Rsa, Algorithm::P256, Algorithm::Rsa];
+    let (token, place, state) =
+        (Token::with_keys(&algorithms)?, Place::new(Bus::Xhci)?, tempfile::tempdir()?);
+    let configuration = token.configuration();
+    let environment: [(&str, &OsStr); 2] =
+        [("SOFTHSM2_CONF", configuration.as_ref()), ("XDG_STATE_HOME", state.path().as_ref())];
+    let card = format!("host,module={},token={}", softhsm::MODULE, softhsm::LABEL);
+    let daemon =
+        Process::start("ccid-device", ["--reader", &place.reader(""), "--card", &card], &environment)?;
+    daemon.line("ready").await?;
+
+    // The token is that card's.
+    let other = place.path("other");
+    let vscclient = ["--module", softhsm::MODULE, &format!("unix-listen:{other}")];
+    let mut second = Process::start("vscclient", vscclient, &environment)?;
+    let line = second.line("the token").await?;
+    ensure!(second.ended().await?.code() == Some(3), "{line}");
+
+    let guest = guest(&place).await?;
+    let pin = softhsm::PIN;
+    let objects = guest.ok(&format!("pkcs11-tool -O --login --pin {pin}")).await?;
+    for kind in ["Certificate Object", "Private Key Object"] {
+        let count = objects.matches(kind).count();
+        ensure!(count == 3, "{count} of {kind}:\n{objects}");
+    }
+    for (number, id) in [(1, "01"), (2, "02")] {
+        signs(&guest, (pin, id), algorithms[number - 1], &token.public_key(number)?).await?;
+    }
+    let secret = b"only the token can read this";
+    guest.put("/tmp/encrypted", &openssl::encrypt(&token.public_key(3)?, secret)?).await?;
+    let decrypt = "--decrypt --mechanism RSA-PKCS --id 03 -i /tmp/encrypted -o /tmp/decrypted";
+    guest.ok(&format!("pkcs11-tool {decrypt} --login --pin {pin}")).await?;
+    ensure!(guest.get("/tmp/decrypted").await? == secret, "decrypted");
+
+    // SoftHSM does not count wrong PINs: then the card does, and keeps the last try.
+    let ran = guest.run(&format!("pkcs11-tool -O --login --pin {WRONG}")).await?;
+    ensure!(ran.text().contains("CKR_PIN_INCORRECT"), "{}", ran.text());
+    let said = statuses(&guest, &[PIN_STATUS, &verify(pin), "reset", PIN_STATUS]).await?;
+    ensure!(said == ["63C2", "9000", "RESET", "63C3"], "{said:?}");
+    let wrong = verify(WRONG);
+    let said = statuses(&guest, &[&wrong, &wrong, &wrong, &verify(pin)]).await?;
+    ensure!(said == ["63C2", "63C1", "6983", "6983"], "{said:?}");
+    // It is the guest that has no try left; the host uses its token as before.
+    token.run("pkcs11-tool", &["--module", softhsm::MODULE, "--login", "-O"])?;
+    Ok(())
+}
+
+/// Our card as a token: in a reader of the host, and from there through OpenSC and NSS into the guest.
+struct Circle {
+    pcscd: Pcscd,
+    card: Process,
+    place: Place,
+    daemon: Process,
+}
+
+const PIN: &str = "271828";
+
+impl Circle {
+    async fn start(algorithm: &str) -> Result<Self> {
+        let (pcscd, place) = (Pcscd::start().await?, Place::new(Bus::Xhci)?);
+        std::fs::write(pcscd.path("pin"), PIN)?;
+        pcscd.ok("chmod 600 pin").await?;
+        let mut new_card = pcscd.command(stack_tests::process::program("vscclient")?);
+        new_card.args([
+            "new-card",
+            "token",
+            "--name",
+            "Jane Doe",
+            "--pin-file",
+            "pin",
+            "--algorithm",
+            algorithm,
+        ]);
+        let made = pcscd.run(new_card).await?;
+        ensure!(made.status.success(), "{}", made.text);
+        let card = Self::insert(&pcscd).await?;
+        let card_option = format!("host,module={}", opensc()?);
+        let args = ["--reader", &place.reader(""), "--card", &card_option];
+        let daemon = pcscd.start_program("ccid-device", args)?;
+        daemon.line("ready").await?;
+        Ok(Self { pcscd, card, place, daemon })
+    }
+
+    async fn insert(pcscd: &Pcscd) -> Result<Process> {
+        let card = pcscd.start_program("vscclient", ["card", "token", "vpcd:"])?;
+        pcscd.card_in(0).await.with_context(|| card.log())?;
+        Ok(card)
+    }
+
+    /// The public key of one of the card's certificates.
+    fn public_key(&self, name: &str) -> Result<std::path::PathBuf> {
+        openssl::public_key(&self.pcscd.path("token").join(format!("{name}.pem")))
+    }
+
+    /// The authentication key, and the signature key, which wants the PIN just before each signature.
+    async fn both_sign(&self, guest: &Guest, algorithm: Algorithm) -> Result<()> {
+        for (id, name) in [("01", "authentication"), ("02", "signature")] {
+            signs(guest, (PIN, id), algorithm, &self.public_key(name)?)
+                .await
+                .with_context(|| name.to_owned())?;
+        }
+        Ok(())
+    }
+
+    /// The status of the token's PIN, as a program of the host sees it.
+    async fn token_status(&self) -> Result<String> {
+        let said = self.pcscd.ok(&format!("guest-pcsc transmit {PIN_STATUS}")).await?;
+        Ok(said.split(' ').next().unwrap_or_default().to_uppercase())
+    }
+}
+
+/// OpenSC as a PKCS#11 module.
+fn opensc() -> Result<&'static str> {
+    let path = "/usr/lib/x86_64-linux-gnu/opensc-pkcs11.so";
+    ensure!(Path::new(path).is_file(), "{path} is missing: install the package opensc-pkcs11");
+    Ok(path)
+}
+
+async fn full_circle(algorithm: Algorithm, name: &str) -> Result<()> {
+    let mut circle = Circle::start(name).await?;
+    let guest = guest(&circle.place).await?;
+    let said = guest.ok("opensc-tool -n").await?;
+    ensure!(said.contains("Personal Identity Verification Card"), "{said}");
+    circle.both_sign(&guest, algorithm).await.with_context(|| circle.daemon.log())?;
+
+    // A wrong PIN is wrong for the token, which counts it; the right one gives the tries back.
+    let said = statuses(&guest, &[&verify(WRONG)]).await?;
+    ensure!(said == ["63C2"], "{said:?}");
+    ensure!(circle.token_status().await? == "63C2");
+    let said = statuses(&guest, &[&verify(PIN), PIN_STATUS]).await?;
+    ensure!(said == ["9000", "9000"], "{said:?}");
+
+    // Pulled out while its PIN is verified in the guest.
+    let forever = format!("{}{}", verify(PIN), format!(" {PIN_STATUS}").repeat(20_000));
+    guest.put("/tmp/verify", format!("guest-pcsc transmit {forever}").as_bytes()).await?;
+    guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
+    guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
+    guest.ok("pidof guest-pcsc").await?;
+    let mark = circle.daemon.mark();
+    let gone = guest.ok("guest-pcsc wait-card absent 30");
+    let (gone, ended) = tokio::join!(gone, circle.card.terminate());
+    gone.with_context(|| circle.daemon.log())?;
+    ensure!(ended?.success(), "{}", circle.card.log());
+    circle.daemon.line_after(mark, "is gone").await?;
+
+    circle.card = Circle::insert(&circle.pcscd).await?;
+    guest.ok("guest-pcsc wait-card present 30").await.with_context(|| circle.daemon.log())?;
+    let said = statuses(&guest, &[PIN_STATUS]).await?;
+    ensure!(said == ["63C3"], "{said:?}");
+    circle.both_sign(&guest, algorithm).await.with_context(|| circle.daemon.log())?;
+
+    // The guest's last try is kept, on the token itself.
+    let wrong = verify(WRONG);
+    let said = statuses(&guest, &[&wrong, &wrong, &wrong, &verify(PIN)]).await?;
+    ensure!(said == ["63C2", "63C1", "6983", "6983"], "{said:?}");
+    ensure!(circle.token_status().await? == "63C1");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_rsa_card_as_a_token() -> Result<()> {
+    full_circle(Algorithm::Rsa, "rsa2048").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_p256_card_as_a_token() -> Result<()> {
+    full_circle(Algorithm::P256, "p256").await
+}
