@@ -274,6 +274,9 @@ impl Reader {
                 connections.close(id);
                 let lost = usbredir::Input::Lost(ConnectionId(id));
                 session.handle(lost, &mut self.device, Instant::now());
+                // What it has not read is gone, so nothing can continue it.
+                session.unplug(&mut self.device, Instant::now());
+                session.plug();
             }
             if !moved {
                 break;
