@@ -11,7 +11,7 @@ use stack_tests::process::Process;
 use stack_tests::reader::{Bus, Place};
 use stack_tests::softhsm::{self, Token};
 
-use crate::piv::{PIN_STATUS, sign, statuses, verify};
+use crate::piv::{PIN_STATUS, read_a_secret, sign, statuses, verify};
 
 const WRONG: &str = "314159";
 const MESSAGE: &[u8] = b"signed by a token of the host";
@@ -87,7 +87,7 @@ struct Circle {
     pcscd: Pcscd,
     card: Process,
     place: Place,
-    daemon: Process,
+    client: Process,
 }
 
 const PIN: &str = "271828";
@@ -115,7 +115,7 @@ impl Circle {
         let args = ["--reader", &place.reader(""), "--card", &card_option];
         let daemon = pcscd.start_program("ccid-device", args)?;
         daemon.line("ready").await?;
-        Ok(Self { pcscd, card, place, daemon })
+        Ok(Self { pcscd, card, place, client: daemon })
     }
 
     async fn insert(pcscd: &Pcscd) -> Result<Process> {
@@ -129,14 +129,13 @@ impl Circle {
         openssl::public_key(&self.pcscd.path("token").join(format!("{name}.pem")))
     }
 
-    /// The authentication key, and the signature key, which wants the PIN just before each signature.
-    async fn both_sign(&self, guest: &Guest, algorithm: Algorithm) -> Result<()> {
-        for (id, name) in [("01", "authentication"), ("02", "signature")] {
-            signs(guest, (PIN, id), algorithm, &self.public_key(name)?)
-                .await
-                .with_context(|| name.to_owned())?;
+    /// The signature key wants the PIN just before each signature.
+    async fn all_keys_work(&self, guest: &Guest, algorithm: Algorithm) -> Result<()> {
+        for (id, name) in [("01", "authentication"), ("02", "signature"), ("04", "card-authentication")] {
+            let signed = signs(guest, (PIN, id), algorithm, &self.public_key(name)?).await;
+            signed.with_context(|| format!("key {id}: {}", self.client.log()))?;
         }
-        Ok(())
+        read_a_secret(guest, PIN, algorithm, &self.public_key("encryption")?).await
     }
 
     /// The status of the token's PIN, as a program of the host sees it.
@@ -158,7 +157,7 @@ async fn full_circle(algorithm: Algorithm, name: &str) -> Result<()> {
     let guest = guest(&circle.place).await?;
     let said = guest.ok("opensc-tool -n").await?;
     ensure!(said.contains("Personal Identity Verification Card"), "{said}");
-    circle.both_sign(&guest, algorithm).await.with_context(|| circle.daemon.log())?;
+    circle.all_keys_work(&guest, algorithm).await.with_context(|| circle.client.log())?;
 
     // A wrong PIN is wrong for the token, which counts it; the right one gives the tries back.
     let said = statuses(&guest, &[&verify(WRONG)]).await?;
@@ -173,18 +172,18 @@ async fn full_circle(algorithm: Algorithm, name: &str) -> Result<()> {
     guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
     guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
     guest.ok("pidof guest-pcsc").await?;
-    let mark = circle.daemon.mark();
+    let mark = circle.client.mark();
     let gone = guest.ok("guest-pcsc wait-card absent 30");
     let (gone, ended) = tokio::join!(gone, circle.card.terminate());
-    gone.with_context(|| circle.daemon.log())?;
+    gone.with_context(|| circle.client.log())?;
     ensure!(ended?.success(), "{}", circle.card.log());
-    circle.daemon.line_after(mark, "is gone").await?;
+    circle.client.line_after(mark, "is gone").await?;
 
     circle.card = Circle::insert(&circle.pcscd).await?;
-    guest.ok("guest-pcsc wait-card present 30").await.with_context(|| circle.daemon.log())?;
+    guest.ok("guest-pcsc wait-card present 30").await.with_context(|| circle.client.log())?;
     let said = statuses(&guest, &[PIN_STATUS]).await?;
     ensure!(said == ["63C3"], "{said:?}");
-    circle.both_sign(&guest, algorithm).await.with_context(|| circle.daemon.log())?;
+    circle.all_keys_work(&guest, algorithm).await.with_context(|| circle.client.log())?;
 
     // The guest's last try is kept, on the token itself.
     let wrong = verify(WRONG);

@@ -1,5 +1,7 @@
 //! The PIV card in the guest, and the card that is both PIV and CAC, which OpenSC takes for PIV.
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::guest::Guest;
@@ -70,20 +72,28 @@ async fn list_and_sign(guest: &Guest, database: &Database, algorithm: Algorithm)
 }
 
 /// What the key management key is for.
-async fn read_a_secret(guest: &Guest, database: &Database, algorithm: Algorithm) -> Result<()> {
-    let key = database.public_key(NAMES[2])?;
+pub(crate) async fn read_a_secret(
+    guest: &Guest,
+    pin: &str,
+    algorithm: Algorithm,
+    public_key: &Path,
+) -> Result<()> {
     let (what, input, expected) = if algorithm == Algorithm::Rsa {
         let secret = b"only the card can read this".to_vec();
-        ("--decrypt --mechanism RSA-PKCS", openssl::encrypt(&key, &secret)?, secret)
+        ("--decrypt --mechanism RSA-PKCS", openssl::encrypt(public_key, &secret)?, secret)
     } else {
-        let peer = database.path().join("peer");
+        let peer = public_key.with_file_name("peer");
         algorithm.generate(&peer)?;
-        ("--derive --mechanism ECDH1-DERIVE", openssl::public_half(&peer)?, openssl::agree(&peer, &key)?)
+        (
+            "--derive --mechanism ECDH1-DERIVE",
+            openssl::public_half(&peer)?,
+            openssl::agree(&peer, public_key)?,
+        )
     };
     guest.put("/tmp/input", &input).await?;
     let id = IDS[2];
     guest
-        .ok(&format!("pkcs11-tool {what} --login --pin {PIN} --id {id} -i /tmp/input -o /tmp/output"))
+        .ok(&format!("pkcs11-tool {what} --login --pin {pin} --id {id} -i /tmp/input -o /tmp/output"))
         .await?;
     ensure!(guest.get("/tmp/output").await? == expected, "{what}");
     Ok(())
@@ -111,7 +121,7 @@ async fn everything(profile: &str, algorithm: Algorithm) -> Result<()> {
     let Stack { guest, database, .. } = &stack;
     guest.ok("guest-pcsc wait-card present 30").await?;
     list_and_sign(guest, database, algorithm).await?;
-    read_a_secret(guest, database, algorithm).await?;
+    read_a_secret(guest, PIN, algorithm, &database.public_key(NAMES[2])?).await?;
     let test = guest.ok(&format!("pkcs11-tool --test --login --pin {PIN}")).await?;
     ensure!(test.trim_end().ends_with("No errors"), "{test}");
     lock_and_unlock(guest, 0x80, database, stack.state.path()).await?;
@@ -144,7 +154,7 @@ async fn a_dual_card_in_the_reader_of_qemu() -> Result<()> {
     for algorithm in [Algorithm::Rsa, Algorithm::P384] {
         let stack = passthru::Stack::with(Road::Unix, algorithm.database()?, &["--profile", "dual"]).await?;
         list_and_sign(&stack.guest, &stack.database, algorithm).await?;
-        read_a_secret(&stack.guest, &stack.database, algorithm).await?;
+        read_a_secret(&stack.guest, PIN, algorithm, &stack.database.public_key(NAMES[2])?).await?;
     }
     Ok(())
 }

@@ -35,6 +35,7 @@ const CKM_ECDSA: c_ulong = 0x1041;
 const CKM_ECDH1_DERIVE: c_ulong = 0x1050;
 const CKD_NULL: c_ulong = 1;
 const CKF_DONT_BLOCK: c_ulong = 1;
+const PK11_ORIGIN_NULL: c_int = 0;
 const PK11_TYPE_GENERIC: c_int = 0;
 const PK11_TYPE_PRIVATE_KEY: c_int = 1;
 const SEC_SUCCESS: c_int = 0;
@@ -45,12 +46,6 @@ const SEC_WOULD_BLOCK: c_int = -2;
 struct InitContext([u8; 0]);
 #[repr(C)]
 struct GenericObject([u8; 0]);
-#[repr(C)]
-struct SeckeyPrivateKey([u8; 0]);
-#[repr(C)]
-struct SeckeyPublicKey([u8; 0]);
-#[repr(C)]
-struct SubjectPublicKeyInfo([u8; 0]);
 #[repr(C)]
 struct SymKey([u8; 0]);
 #[repr(C)]
@@ -71,6 +66,33 @@ struct SecmodModule {
     references: c_int,
     slots: *mut *mut PK11SlotInfo,
     slot_count: c_int,
+}
+
+/// The beginning of a `SECKEYPrivateKey`, the same from 3.12 to 3.124. Only ever read through a pointer.
+#[repr(C)]
+struct SeckeyPrivateKey {
+    arena: *mut c_void,
+    kind: c_int,
+    slot: *mut PK11SlotInfo,
+    handle: c_ulong,
+}
+
+/// `CK_ATTRIBUTE` (PKCS #11 v2.40 §3.3).
+#[repr(C)]
+struct CkAttribute {
+    kind: c_ulong,
+    value: *mut c_void,
+    len: c_ulong,
+}
+
+/// `CK_ECDH1_DERIVE_PARAMS` (PKCS #11 v2.40 mechanisms §2.3.7).
+#[repr(C)]
+struct CkEcdh1DeriveParams {
+    kdf: c_ulong,
+    shared_len: c_ulong,
+    shared: *mut c_uchar,
+    public_len: c_ulong,
+    public: *mut c_uchar,
 }
 
 /// `CK_TOKEN_INFO` (PKCS #11 v2.40 §3.2).
@@ -176,23 +198,25 @@ unsafe extern "C" {
         input: *const SECItem,
     ) -> c_int;
 
-    fn SECKEY_DecodeDERSubjectPublicKeyInfo(der: *const SECItem) -> *mut SubjectPublicKeyInfo;
-    fn SECKEY_DestroySubjectPublicKeyInfo(info: *mut SubjectPublicKeyInfo);
-    fn SECKEY_ExtractPublicKey(info: *const SubjectPublicKeyInfo) -> *mut SeckeyPublicKey;
-    fn SECKEY_DestroyPublicKey(key: *mut SeckeyPublicKey);
-    fn PK11_PubDeriveWithKDF(
-        private_key: *mut SeckeyPrivateKey,
-        public_key: *mut SeckeyPublicKey,
-        is_sender: PRBool,
-        random_a: *mut SECItem,
-        random_b: *mut SECItem,
+    fn PK11_SymKeyFromHandle(
+        slot: *mut PK11SlotInfo,
+        parent: *mut SymKey,
+        origin: c_int,
+        mechanism: c_ulong,
+        handle: c_ulong,
+        owner: PRBool,
+        window: *mut c_void,
+    ) -> *mut SymKey;
+    fn PK11_DeriveWithTemplate(
+        base: *mut SymKey,
         derive: c_ulong,
+        parameter: *mut SECItem,
         target: c_ulong,
         operation: c_ulong,
         key_size: c_int,
-        kdf: c_ulong,
-        shared_data: *mut SECItem,
-        window: *mut c_void,
+        attributes: *mut CkAttribute,
+        count: c_uint,
+        permanent: PRBool,
     ) -> *mut SymKey;
     fn PK11_ExtractKeyValue(key: *mut SymKey) -> c_int;
     fn PK11_GetKeyData(key: *mut SymKey) -> *mut SECItem;
@@ -619,7 +643,10 @@ pub(super) enum Attribute {
     AlwaysAuthenticate = 0x202,
 }
 
+const CKA_TOKEN: c_ulong = 0x1;
 const CKA_EXTRACTABLE: c_ulong = 0x162;
+/// The tag, DER.
+const OCTET_STRING: u8 = 0x04;
 
 /// The result of a search. Objects are raw PKCS#11, never `CERTCertificate`: NSS caches those for the whole
 /// process by issuer and serial number and mixes up certificates and keys of two databases.
@@ -812,31 +839,13 @@ impl PrivateKey {
         Ok(written as usize)
     }
 
-    /// The x coordinate of ECDH with the key of a SubjectPublicKeyInfo, `len` bytes. No key derivation function
-    /// is applied.
-    pub(super) fn ecdh(&self, peer: &PublicKey, len: usize) -> Result<Secret, NssError> {
-        let shared = attempt(|| {
-            // SAFETY: both keys are alive; the optional items are null. CKA_EXTRACTABLE stands where NSS takes
-            // what the new key is for: the one attribute it lets a caller set, without which some tokens keep
-            // the value.
-            NonNull::new(unsafe {
-                PK11_PubDeriveWithKDF(
-                    self.raw.as_ptr(),
-                    peer.raw.as_ptr(),
-                    0,
-                    ptr::null_mut(),
-                    ptr::null_mut(),
-                    CKM_ECDH1_DERIVE,
-                    CKM_GENERIC_SECRET_KEY_GEN,
-                    CKA_EXTRACTABLE,
-                    c_int::try_from(len).ok()?,
-                    CKD_NULL,
-                    ptr::null_mut(),
-                    ptr::null_mut(),
-                )
-            })
-        })
-        .map(SharedSecret)?;
+    /// The x coordinate of ECDH with another key's point, `len` bytes. No key derivation function is applied.
+    pub(super) fn ecdh(&self, point: &[u8], len: usize) -> Result<Secret, NssError> {
+        // PKCS #11 v2.40 mechanisms §2.3.7: all tokens take the point itself, some before 2.20 an OCTET STRING.
+        let shared = self.derive(point, len).or_else(|error| {
+            let header = [OCTET_STRING, u8::try_from(point.len()).map_err(|_| error)?];
+            self.derive(&[&header, point].concat(), len)
+        })?;
         attempt(|| {
             // SAFETY: a live key of ours.
             succeeded(unsafe { PK11_ExtractKeyValue(shared.0.as_ptr()) })
@@ -849,44 +858,72 @@ impl PrivateKey {
         // SAFETY: after the extraction the item holds `len` initialised bytes.
         Ok(Secret::from(unsafe { std::slice::from_raw_parts(item.data, item.len as usize) }))
     }
+
+    /// NSS's own function for this sends no CKA_TOKEN, without which OpenSC (0.23) derives nothing. The one that
+    /// sends what it is told wants a symmetric key, so for the time of the call the private key's handle is one.
+    fn derive(&self, point: &[u8], len: usize) -> Result<SymmetricKey, NssError> {
+        let mut point = point.to_vec();
+        let mut parameters = CkEcdh1DeriveParams {
+            kdf: CKD_NULL,
+            shared_len: 0,
+            shared: ptr::null_mut(),
+            public_len: point.len() as c_ulong,
+            public: point.as_mut_ptr(),
+        };
+        let mut parameter = SECItem {
+            type_: SECItemType::siBuffer,
+            data: ptr::from_mut(&mut parameters).cast(),
+            len: size_of::<CkEcdh1DeriveParams>() as c_uint,
+        };
+        let mut no: c_uchar = 0;
+        let mut attributes = [CkAttribute { kind: CKA_TOKEN, value: ptr::from_mut(&mut no).cast(), len: 1 }];
+        let base = attempt(|| {
+            // SAFETY: the key is alive, and its beginning is as declared. NSS takes a reference to the slot, and does
+            // not destroy what is behind a handle that it does not own.
+            NonNull::new(unsafe {
+                let handle = (*self.raw.as_ptr()).handle;
+                let slot = self.slot.raw.as_ptr();
+                PK11_SymKeyFromHandle(
+                    slot,
+                    ptr::null_mut(),
+                    PK11_ORIGIN_NULL,
+                    CKM_ECDH1_DERIVE,
+                    handle,
+                    0,
+                    ptr::null_mut(),
+                )
+            })
+        })
+        .map(SymmetricKey)?;
+        attempt(|| {
+            // SAFETY: the base key, the parameters with the point, and the attribute with its value are alive and
+            // only read. CKA_EXTRACTABLE stands where NSS takes what the new key is for: it is set to true, without
+            // which some tokens keep the value.
+            NonNull::new(unsafe {
+                PK11_DeriveWithTemplate(
+                    base.0.as_ptr(),
+                    CKM_ECDH1_DERIVE,
+                    &mut parameter,
+                    CKM_GENERIC_SECRET_KEY_GEN,
+                    CKA_EXTRACTABLE,
+                    c_int::try_from(len).ok()?,
+                    attributes.as_mut_ptr(),
+                    attributes.len() as c_uint,
+                    0,
+                )
+            })
+        })
+        .map(SymmetricKey)
+    }
 }
 
 /// Freed, and wiped by that, on drop.
-struct SharedSecret(NonNull<SymKey>);
+struct SymmetricKey(NonNull<SymKey>);
 
-impl Drop for SharedSecret {
+impl Drop for SymmetricKey {
     fn drop(&mut self) {
         // SAFETY: ours alone, freed once.
         unsafe { PK11_FreeSymKey(self.0.as_ptr()) };
-    }
-}
-
-/// A public key.
-pub(super) struct PublicKey {
-    raw: NonNull<SeckeyPublicKey>,
-}
-
-impl PublicKey {
-    /// From a SubjectPublicKeyInfo, DER.
-    pub(super) fn from_der(der: &[u8]) -> Result<Self, NssError> {
-        attempt(|| {
-            let der = borrowed_item(der)?;
-            // SAFETY: NSS reads the item and copies it.
-            let info = NonNull::new(unsafe { SECKEY_DecodeDERSubjectPublicKeyInfo(&der) })?;
-            // SAFETY: `info` is alive; the key has memory of its own.
-            let key = NonNull::new(unsafe { SECKEY_ExtractPublicKey(info.as_ptr()) });
-            // SAFETY: ours, freed once.
-            unsafe { SECKEY_DestroySubjectPublicKeyInfo(info.as_ptr()) };
-            key
-        })
-        .map(|raw| Self { raw })
-    }
-}
-
-impl Drop for PublicKey {
-    fn drop(&mut self) {
-        // SAFETY: ours alone, destroyed once.
-        unsafe { SECKEY_DestroyPublicKey(self.raw.as_ptr()) };
     }
 }
 

@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use super::super::certificate::PublicKey;
 use super::super::{KeyError, UnlockError, Unlocked};
-use super::ffi::{self, Attribute, Login, Mechanism, NssError, PrivateKey, Slot, Window};
+use super::ffi::{Attribute, Login, Mechanism, NssError, PrivateKey, Slot, Window};
 use super::{point, rsa};
 
 /// softoken refuses longer passwords without a look.
@@ -273,12 +273,11 @@ impl Unlocked for NssLogin {
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
         let prepare = |public: &PublicKey| match public {
             PublicKey::Rsa { .. } => None,
-            PublicKey::Ec { curve, .. } => Some((point::public_key_info(*curve, point)?, curve.field_len())),
+            PublicKey::Ec { curve, .. } => point::is_on(*curve, point).then_some(curve.field_len()),
         };
-        self.with_key(index, prepare, |key, (peer, len)| {
+        self.with_key(index, prepare, |key, len| {
             offers(key, Mechanism::Ecdh, "ECDH")?;
-            let peer = ffi::PublicKey::from_der(&peer).map_err(failed)?;
-            let shared = key.ecdh(&peer, len).map_err(failed)?;
+            let shared = key.ecdh(point, len).map_err(failed)?;
             of_length(shared.len(), len)?;
             Ok(shared)
         })

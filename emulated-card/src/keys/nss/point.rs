@@ -8,16 +8,6 @@ use super::super::Curve;
 /// The 32-bit digits of a number below 2³⁸⁴, the lowest first.
 type Number = [u32; 12];
 
-/// SubjectPublicKeyInfo up to the point (RFC 5480 §2): lengths, id-ecPublicKey, the curve, no unused bits.
-const P256_PREFIX: [u8; 26] = [
-    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a, 0x86,
-    0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
-];
-const P384_PREFIX: [u8; 23] = [
-    0x30, 0x76, 0x30, 0x10, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x05, 0x2b, 0x81,
-    0x04, 0x00, 0x22, 0x03, 0x62, 0x00,
-];
-
 /// SP 800-186 §3.2.1.3 and §3.2.1.4: the field's prime and the coefficient b. The coefficient a is -3.
 const P256: (&str, &str) = (
     "ffffffff00000001000000000000000000000000ffffffffffffffffffffffff",
@@ -28,26 +18,26 @@ const P384: (&str, &str) = (
     "b3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef",
 );
 
-/// The SubjectPublicKeyInfo of an uncompressed point (04, x, y), if it is one of `curve`.
-pub(super) fn public_key_info(curve: Curve, point: &[u8]) -> Option<Vec<u8>> {
-    let (prefix, (prime, b)) = match curve {
-        Curve::P256 => (&P256_PREFIX[..], P256),
-        Curve::P384 => (&P384_PREFIX[..], P384),
+/// Whether it is an uncompressed point (04, x, y) of `curve`.
+pub(super) fn is_on(curve: Curve, point: &[u8]) -> bool {
+    let (prime, b) = match curve {
+        Curve::P256 => P256,
+        Curve::P384 => P384,
     };
-    let (&format, coordinates) = point.split_first()?;
-    if format != 0x04 || coordinates.len() != 2 * curve.field_len() {
-        return None;
+    let Some((0x04, coordinates)) = point.split_first() else { return false };
+    if coordinates.len() != 2 * curve.field_len() {
+        return false;
     }
     let (x, y) = coordinates.split_at(curve.field_len());
     let field = Field { prime: digits(prime) };
     let (x, y, b) = (number(x), number(y), digits(b));
     if !less(&x, &field.prime) || !less(&y, &field.prime) {
-        return None;
+        return false;
     }
     // y² = x³ - 3x + b, as y² + 3x = x·x² + b.
     let left = field.add(&field.multiply(&y, &y), &field.add(&x, &field.add(&x, &x)));
     let right = field.add(&field.multiply(&x, &field.multiply(&x, &x)), &b);
-    (left == right).then(|| [prefix, point].concat())
+    left == right
 }
 
 /// A big-endian number of at most 48 bytes.
@@ -142,13 +132,11 @@ mod tests {
     fn base_points_are_on_their_curves_and_their_neighbours_are_not() {
         for curve in [Curve::P256, Curve::P384] {
             let point = base(curve);
-            let info = public_key_info(curve, &point).unwrap();
-            assert!(info.ends_with(&point));
-            assert_eq!(usize::from(info[1]), info.len() - 2);
+            assert!(is_on(curve, &point));
             for at in 0..point.len() {
                 let mut other = point.clone();
                 other[at] ^= 1;
-                assert_eq!(public_key_info(curve, &other), None, "{at}");
+                assert!(!is_on(curve, &other), "{at}");
             }
         }
     }
@@ -164,17 +152,17 @@ mod tests {
             negated[33 + at] = wide as u8;
             borrow = wide >> 8;
         }
-        assert!(public_key_info(Curve::P256, &negated).is_some());
+        assert!(is_on(Curve::P256, &negated));
 
-        assert_eq!(public_key_info(Curve::P384, &point), None);
-        assert_eq!(public_key_info(Curve::P256, &[]), None);
-        assert_eq!(public_key_info(Curve::P256, &[0]), None);
-        assert_eq!(public_key_info(Curve::P256, &point[..64]), None);
-        assert_eq!(public_key_info(Curve::P256, &[&[0x02], &point[1..33]].concat()), None);
-        assert_eq!(public_key_info(Curve::P256, &[&[0x04], &[0; 64][..]].concat()), None);
+        assert!(!is_on(Curve::P384, &point));
+        assert!(!is_on(Curve::P256, &[]));
+        assert!(!is_on(Curve::P256, &[0]));
+        assert!(!is_on(Curve::P256, &point[..64]));
+        assert!(!is_on(Curve::P256, &[&[0x02], &point[1..33]].concat()));
+        assert!(!is_on(Curve::P256, &[&[0x04], &[0; 64][..]].concat()));
         // Not reduced: x + p.
         let mut large = point.clone();
         large[1..33].copy_from_slice(&[0xff; 32]);
-        assert_eq!(public_key_info(Curve::P256, &large), None);
+        assert!(!is_on(Curve::P256, &large));
     }
 }
