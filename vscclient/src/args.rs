@@ -307,7 +307,9 @@ impl Serve {
             }
         }
         if matches!(setup.keys, Keys::Database(_)) && setup.certificates.is_empty() {
-            return Err("no certificate is named; add --cert NAME, once for each".into());
+            return Err("what is to be on the card? --cert NAME, once for each certificate of the database; or --pem, \
+                        --p12, --module, --token or --pcsc; or `vscclient card DIR ENDPOINT`"
+                .into());
         }
         Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader })
     }
@@ -407,7 +409,7 @@ mod tests {
     #[test]
     fn what_cannot_be_served_is_said() {
         let error = |args: &[&str]| serve(args).card().unwrap_err();
-        assert!(error(&["unix:/x"]).contains("add --cert"));
+        assert!(error(&["unix:/x"]).contains("--cert NAME"));
         assert!(error(&["--exclusive", "--cert", "a", "unix:/x"]).contains("--pcsc"));
         assert!(error(&["-e", "use_hw=maybe", "h", "1"]).contains("use_hw=maybe"));
         assert!(error(&["-e", "db=\"/d\" use_hw=no", "h", "1"]).contains("no certificate is named"));

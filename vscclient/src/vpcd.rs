@@ -75,6 +75,7 @@ pub(crate) async fn run(
     reconnect: bool,
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
+    tracing::info!("for the reader of pcscd at {endpoint} (driver: vpcd)");
     // The rest can be dropped at any moment: with it go the connection and the card's session.
     tokio::select! {
         Some(Wish::Leave) = wishes.recv() => End::Left,
