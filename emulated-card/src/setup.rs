@@ -138,6 +138,14 @@ pub enum SetupError {
     /// The database or a certificate in it is not usable.
     #[error(transparent)]
     Database(#[from] OpenError),
+    /// Files with keys or certificates are encrypted.
+    #[error("{source}; name a file with it in {prefix}password-file")]
+    Encrypted {
+        /// Which file it is.
+        source: pem::OpenError,
+        /// As in [`CardSetup::prefix`].
+        prefix: &'static str,
+    },
     /// A file with keys or certificates is not usable.
     #[error(transparent)]
     Files(#[from] pem::OpenError),
@@ -348,7 +356,12 @@ impl CardSetup {
                     .as_ref()
                     .map(|file| self.read_secret("password-file", file))
                     .transpose()?;
-                let store = PemStore::open(sources, password.as_ref())?;
+                let store = PemStore::open(sources, password.as_ref()).map_err(|source| match source {
+                    pem::OpenError::PasswordNeeded { .. } => {
+                        SetupError::Encrypted { source, prefix: self.prefix }
+                    }
+                    source => source.into(),
+                })?;
                 // There is one, or it would not have opened.
                 let first = sources.first().map(|source| match source {
                     PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => path.as_path(),

@@ -35,6 +35,9 @@ Examples:
   vscclient new-card jane --name 'Jane Doe' --pin-file pin.txt
   vscclient card jane vpcd:
 
+  # The guest knows the card's own PIN, and never the password of the database
+  vscclient --db sql:$HOME/certs --cert id --pin-file pin.txt --password-file password.txt unix:/run/vm1.sock
+
   # The keys of a token, on a PIV card of ours; its PIN is the token's
   vscclient --module /usr/lib/x86_64-linux-gnu/opensc-pkcs11.so unix:/run/vm1.sock
 
@@ -43,9 +46,18 @@ Examples:
 
   # After too many wrong PINs
   vscclient unlock --db sql:$HOME/certs
+  vscclient unlock jane
 
   # As documentation of the old vscclient has it
   vscclient -e 'db=\"sql:/certs\" use_hw=no soft=(,Reader,CAC,,id,sign)' localhost 2001
+
+Profiles: piv for Windows and macOS, cac for software that knows nothing else (RSA only), dual for both; OpenSC
+takes dual for PIV. Certificates go where their key usage says: 9a authentication, 9c signature, 9d encryption, 9e card
+authentication (no PIN), 82 to 95 what is left.
+
+Files with secrets are one line, readable by you alone: FILE, fd:N for an inherited descriptor, or a credential of
+systemd, as --password-file ${CREDENTIALS_DIRECTORY}/password. As a service with Type=notify it is ready when pcscd's
+programs see the card (vpcd:), else when the endpoint can be connected to or is being tried.
 
 Commands on a terminal: insert, remove, select, list, debug, help, exit.
 

@@ -47,6 +47,8 @@ Cards:    --card cert,db=sql:DIR,cert=NAME[,cert=SLOT=NAME...]    certificates o
           --card pcsc[,name=READER][,exclusive][,keep-tries=N]   the card in a reader of this host, as it is
           --card passthru,[deadline=SECONDS,]ENDPOINT   a card that a vscclient brings; also passthrough
           reader=N,slot=M say where it goes; by default the next free slot of reader 0
+          profile: piv for Windows and macOS, cac for software that knows nothing else, dual (default) for both
+          pin-file, puk-file and password-file take fd:N, too, and credentials of systemd
 Endpoints: unix:PATH, unix-listen:PATH, tcp:HOST:PORT, tcp-listen:HOST:PORT. They come last. A comma in a value is
           written twice.
 
@@ -59,6 +61,13 @@ Examples:
   # A second slot for the card of a remote user's vscclient
   ccid-device --reader usbredir,unix:/run/vm1-ccid.sock --card cert,db=sql:$HOME/certs,cert=id \\
       --card passthru,unix-listen:/run/vm1-card.sock
+
+  # Key files: the card gets a PIN of its own
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock --card cert,pem=jane.crt,,jane.key,pin-file=pin.txt
+
+  # The keys of a token, with its PIN; and the card in a reader of this host, as it is
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock --card host,module=/usr/lib/softhsm/libsofthsm2.so \\
+      --card pcsc,name=Yubico*
 
   # For a Linux machine: modprobe vhci-hcd; usbip attach -r 127.0.0.1 -b 1-1
   ccid-device --reader usbip,tcp-listen:127.0.0.1:3240 --card cert,db=sql:$HOME/certs,cert=id
