@@ -36,7 +36,8 @@ Examples:
   vscclient card jane vpcd:
 
   # The guest knows the card's own PIN, and never the password of the database
-  vscclient --db sql:$HOME/certs --cert id --pin-file pin.txt --password-file password.txt unix:/run/vm1.sock
+  vscclient --db sql:$HOME/certs --cert id --pin-file pin.txt --password-file password.txt \\
+      unix:/run/vm1.sock
 
   # The keys of a token, on a PIV card of ours; its PIN is the token's
   vscclient --module /usr/lib/x86_64-linux-gnu/opensc-pkcs11.so unix:/run/vm1.sock
@@ -51,13 +52,15 @@ Examples:
   # As documentation of the old vscclient has it
   vscclient -e 'db=\"sql:/certs\" use_hw=no soft=(,Reader,CAC,,id,sign)' localhost 2001
 
-Profiles: piv for Windows and macOS, cac for software that knows nothing else (RSA only), dual for both; OpenSC
-takes dual for PIV. Certificates go where their key usage says: 9a authentication, 9c signature, 9d encryption, 9e card
-authentication (no PIN), 82 to 95 what is left.
+Profiles: piv for Windows and macOS, cac for software that knows nothing else (RSA only), dual for \
+both; OpenSC takes dual for PIV. Certificates go where their key usage says: 9a authentication, \
+9c signature, 9d encryption, 9e card authentication (no PIN), 82 to 95 what is left.
 
-Files with secrets are one line, readable by you alone: FILE, fd:N for an inherited descriptor, or a credential of
-systemd, as --password-file ${CREDENTIALS_DIRECTORY}/password. As a service with Type=notify it is ready when pcscd's
-programs see the card (vpcd:), else when the endpoint can be connected to or is being tried.
+Files with secrets hold one line and are readable by you alone. FILE may be fd:N, an inherited \
+descriptor, or a credential of systemd: --password-file ${CREDENTIALS_DIRECTORY}/password.
+
+As a service with Type=notify it is ready when pcscd's programs see the card (vpcd:), else when it \
+listens or begins to connect.
 
 Commands on a terminal: insert, remove, select, list, debug, help, exit.
 
@@ -154,8 +157,8 @@ pub(crate) struct Connection {
     /// Verbosity: 0, 1 to 10 for details, above 10 for everything
     #[arg(short = 'd', value_name = "LEVEL", default_value = "0")]
     debug: String,
-    /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; vpcd:[HOST[:PORT]][,slot=N] for this
-    /// host's own pcscd; or HOST PORT as for the old vscclient
+    /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; vpcd: for this host's own pcscd, or
+    /// vpcd:HOST:PORT,slot=N; or HOST PORT as for the old vscclient
     #[arg(value_name = "ENDPOINT", num_args = 1..=2, required = true)]
     endpoint: Vec<String>,
 }
