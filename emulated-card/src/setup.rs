@@ -138,6 +138,14 @@ pub enum SetupError {
     /// The database or a certificate in it is not usable.
     #[error(transparent)]
     Database(#[from] OpenError),
+    /// Files with keys or certificates are encrypted.
+    #[error("{source}; name a file with it in {prefix}password-file")]
+    Encrypted {
+        /// Which file it is.
+        source: pem::OpenError,
+        /// As in [`CardSetup::prefix`].
+        prefix: &'static str,
+    },
     /// A file with keys or certificates is not usable.
     #[error(transparent)]
     Files(#[from] pem::OpenError),
@@ -205,6 +213,17 @@ pub enum SetupError {
     /// A PUK that no PIN goes with.
     #[error("{0}puk-file goes with {0}pin-file: only a PIN of the card's own can be unblocked")]
     PukUnused(&'static str),
+    /// Files and tokens are on the card with all they hold, so a name alone says nothing.
+    #[error(
+        "{prefix}cert {name}: all certificates of files and tokens are on the card; say SLOT=NAME to give one a \
+         slot (9a, 9c, 9d, 9e, 82 to 95)"
+    )]
+    NoSlot {
+        /// What was named.
+        name: String,
+        /// As in [`CardSetup::prefix`].
+        prefix: &'static str,
+    },
     /// A token has its own PIN.
     #[error("{0} does not go with a token, which has a PIN of its own")]
     TokenPin(String),
@@ -255,6 +274,10 @@ impl CardSetup {
     /// # Errors
     /// [`SetupError`]; there is never a smaller card than the one asked for.
     pub fn open(&self) -> Result<OpenCard, SetupError> {
+        let is_database = matches!(self.keys, Keys::Database(_));
+        if let Some(wanted) = self.certificates.iter().find(|wanted| wanted.slot.is_none() && !is_database) {
+            return Err(SetupError::NoSlot { name: wanted.name.clone(), prefix: self.prefix });
+        }
         if let Keys::Token { modules, db, token } = &self.keys {
             return self.open_token(modules, db.as_deref(), token.clone());
         }
@@ -333,7 +356,12 @@ impl CardSetup {
                     .as_ref()
                     .map(|file| self.read_secret("password-file", file))
                     .transpose()?;
-                let store = PemStore::open(sources, password.as_ref())?;
+                let store = PemStore::open(sources, password.as_ref()).map_err(|source| match source {
+                    pem::OpenError::PasswordNeeded { .. } => {
+                        SetupError::Encrypted { source, prefix: self.prefix }
+                    }
+                    source => source.into(),
+                })?;
                 // There is one, or it would not have opened.
                 let first = sources.first().map(|source| match source {
                     PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => path.as_path(),
@@ -373,6 +401,9 @@ impl CardSetup {
             Ok(setup.make(store, reference, id)?)
         };
         let card = TokenCard::open(&loaded, token, self.state_directory()?, self.forget_pin, Box::new(make))?;
+        if card.presence().get().insertion().is_none() {
+            tracing::info!("no token is in that would do; the card comes with it");
+        }
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
         Ok(OpenCard { source, slot: None, _claim: None })
     }

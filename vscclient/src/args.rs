@@ -35,6 +35,10 @@ Examples:
   vscclient new-card jane --name 'Jane Doe' --pin-file pin.txt
   vscclient card jane vpcd:
 
+  # The guest knows the card's own PIN, and never the password of the database
+  vscclient --db sql:$HOME/certs --cert id --pin-file pin.txt --password-file password.txt \\
+      unix:/run/vm1.sock
+
   # The keys of a token, on a PIV card of ours; its PIN is the token's
   vscclient --module /usr/lib/x86_64-linux-gnu/opensc-pkcs11.so unix:/run/vm1.sock
 
@@ -43,9 +47,20 @@ Examples:
 
   # After too many wrong PINs
   vscclient unlock --db sql:$HOME/certs
+  vscclient unlock jane
 
   # As documentation of the old vscclient has it
   vscclient -e 'db=\"sql:/certs\" use_hw=no soft=(,Reader,CAC,,id,sign)' localhost 2001
+
+Profiles: piv for Windows and macOS, cac for software that knows nothing else (RSA only), dual for \
+both; OpenSC takes dual for PIV. Certificates go where their key usage says: 9a authentication, \
+9c signature, 9d encryption, 9e card authentication (no PIN), 82 to 95 what is left.
+
+Files with secrets hold one line and are readable by you alone. FILE may be fd:N, an inherited \
+descriptor, or a credential of systemd: --password-file ${CREDENTIALS_DIRECTORY}/password.
+
+As a service with Type=notify it is ready when pcscd's programs see the card (vpcd:), else when it \
+listens or begins to connect.
 
 Commands on a terminal: insert, remove, select, list, debug, help, exit.
 
@@ -142,8 +157,8 @@ pub(crate) struct Connection {
     /// Verbosity: 0, 1 to 10 for details, above 10 for everything
     #[arg(short = 'd', value_name = "LEVEL", default_value = "0")]
     debug: String,
-    /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; vpcd:[HOST[:PORT]][,slot=N] for this
-    /// host's own pcscd; or HOST PORT as for the old vscclient
+    /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; vpcd: for this host's own pcscd, or
+    /// vpcd:HOST:PORT,slot=N; or HOST PORT as for the old vscclient
     #[arg(value_name = "ENDPOINT", num_args = 1..=2, required = true)]
     endpoint: Vec<String>,
 }
@@ -307,7 +322,9 @@ impl Serve {
             }
         }
         if matches!(setup.keys, Keys::Database(_)) && setup.certificates.is_empty() {
-            return Err("no certificate is named; add --cert NAME, once for each".into());
+            return Err("what is to be on the card? --cert NAME, once for each certificate of the database; or --pem, \
+                        --p12, --module, --token or --pcsc; or `vscclient card DIR ENDPOINT`"
+                .into());
         }
         Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader })
     }
@@ -407,7 +424,7 @@ mod tests {
     #[test]
     fn what_cannot_be_served_is_said() {
         let error = |args: &[&str]| serve(args).card().unwrap_err();
-        assert!(error(&["unix:/x"]).contains("add --cert"));
+        assert!(error(&["unix:/x"]).contains("--cert NAME"));
         assert!(error(&["--exclusive", "--cert", "a", "unix:/x"]).contains("--pcsc"));
         assert!(error(&["-e", "use_hw=maybe", "h", "1"]).contains("use_hw=maybe"));
         assert!(error(&["-e", "db=\"/d\" use_hw=no", "h", "1"]).contains("no certificate is named"));

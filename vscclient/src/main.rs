@@ -6,6 +6,7 @@ mod console;
 mod legacy;
 mod log;
 mod new_card;
+mod notify;
 mod session;
 mod vpcd;
 
@@ -126,6 +127,8 @@ async fn run(
         let reconnect = !connection.no_reconnect;
         return vpcd::run(source, endpoint, connection.plaintext(), reconnect, &mut wanted).await;
     }
+    // A virtual machine may be started at any time, and is not what a start of this service is to wait for.
+    notify::ready(&format!("the card is for {}", channel.endpoint()));
     let config = ClientConfig::new(spec.reader.clone());
     session::run(source, channel, config, !connection.no_reconnect, &mut wanted).await
 }

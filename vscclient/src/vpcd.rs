@@ -3,7 +3,8 @@
 //! vpcd listens and asks, the card connects and answers: both ways two bytes of length, high byte first, then a
 //! command or its response. A command of one byte is for the reader. An open connection is a card in the reader,
 //! a closed one a card taken out. vpcd asks one thing after the other and waits for each answer without a limit;
-//! in between it asks for the ATR, every 0.4 s, to see whether the card is still in.
+//! in between it asks for the ATR, every 0.4 s, to see whether the card is still in. pcscd powers a card that it finds,
+//! reads its ATR, and only then tells its programs of it: so they see it when vpcd asks for the next thing.
 
 use std::convert::Infallible;
 use std::io;
@@ -21,6 +22,7 @@ use vscard_protocol::{
 };
 use zeroize::Zeroizing;
 
+use crate::notify;
 use crate::session::{End, Wish};
 
 /// How the endpoint's text begins.
@@ -73,6 +75,7 @@ pub(crate) async fn run(
     reconnect: bool,
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
+    tracing::info!("for the reader of pcscd at {endpoint} (driver: vpcd)");
     // The rest can be dropped at any moment: with it go the connection and the card's session.
     tokio::select! {
         Some(Wish::Leave) = wishes.recv() => End::Left,
@@ -84,6 +87,8 @@ async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaint
     let mut presence = source.presence();
     loop {
         let Presence::Present { insertion, atr, limits } = presence.get() else {
+            // It may take days until somebody puts one in, and a service that starts is not to wait for that.
+            notify::ready("no card is in");
             presence.changed().await;
             continue;
         };
@@ -136,6 +141,7 @@ impl From<io::Error> for Lost {
 impl Shown<'_> {
     async fn stay_in(&self, channel: &mut Channel, reconnect: bool) -> End {
         loop {
+            notify::status(&format!("waiting for pcscd at {}", channel.endpoint()));
             let stream = if reconnect { channel.stream().await } else { channel.stream_once().await };
             let again = if reconnect { "; connecting again" } else { "" };
             match stream.map(|stream| stream.into_tcp()) {
@@ -170,6 +176,15 @@ struct Connection<S> {
     quick_ack: fn(&S),
 }
 
+/// Whether pcscd's programs see the card.
+#[derive(PartialEq, Eq)]
+enum Ready {
+    NotPowered,
+    /// When the next question comes.
+    Next,
+    Told,
+}
+
 /// vpcd of Debian 12 sends the length and the rest apart, and the rest only when the length is acknowledged; the
 /// kernel delays that by 40 ms unless told otherwise before each.
 fn quick_ack(stream: &TcpStream) {
@@ -183,12 +198,20 @@ fn quick_ack(stream: &TcpStream) {
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn serve(&mut self, shown: &Shown<'_>, endpoint: &Endpoint) -> Result<Infallible, Lost> {
         let mut card = None;
+        let mut ready = Ready::NotPowered;
         let mut question = self.question().await?;
         tracing::info!("{endpoint}: card put in");
         loop {
+            if ready == Ready::Next {
+                ready = Ready::Told;
+                notify::ready(&format!("the card is in pcscd's reader at {endpoint}"));
+            }
             let answered = match question[..] {
                 [control::ATR] => {
                     self.answer(shown.atr.as_bytes()).await?;
+                    if ready == Ready::NotPowered && card.is_some() {
+                        ready = Ready::Next;
+                    }
                     true
                 }
                 [control::ON | control::RESET] => {

@@ -33,22 +33,28 @@ const NO_CARD: u8 = 3;
 const UNUSABLE: u8 = 5;
 
 const AFTER_HELP: &str = "\
-Readers:  --reader usbredir,[OPTIONS,]ENDPOINT   for QEMU's usb-redir
-          --reader usbip,[OPTIONS,]ENDPOINT      for USB/IP; readers with the same endpoint share a server
-          options: slots=1..16 or interfaces=1..7, speed=full|high, id=VENDOR:PRODUCT, serial=, product=,
-          manufacturer=, max-message=271..65554
-Cards:    --card cert,db=sql:DIR,cert=NAME[,cert=SLOT=NAME...]    certificates of an NSS database; also
-                                                 host-certificates
-          --card cert,pem=CERT,,KEY[,pem=...][,p12=FILE]   certificates and keys in files
-                 both with [,profile=piv|cac|dual][,card-name=][,pin-file=][,puk-file=][,password-file=][,no-pin]
-                 [,forget-pin=SECONDS][,keep-tries=N]
-          --card host[,module=FILE...][,db=DIR][,token=LABEL][,cert=SLOT=NAME]   the keys of a PKCS#11 token
-                 with [,profile=][,card-name=][,forget-pin=][,keep-tries=]
-          --card pcsc[,name=READER][,exclusive][,keep-tries=N]   the card in a reader of this host, as it is
-          --card passthru,[deadline=SECONDS,]ENDPOINT   a card that a vscclient brings; also passthrough
-          reader=N,slot=M say where it goes; by default the next free slot of reader 0
-Endpoints: unix:PATH, unix-listen:PATH, tcp:HOST:PORT, tcp-listen:HOST:PORT. They come last. A comma in a value is
-          written twice.
+Readers: --reader KIND,[OPTIONS,]ENDPOINT
+  usbredir    for QEMU's usb-redir
+  usbip       for Linux; readers with the same endpoint share a server
+  with        slots=1..16 or interfaces=1..7, speed=full|high, id=VENDOR:PRODUCT, serial=,
+              product=, manufacturer=, max-message=271..65554
+
+Cards: --card KIND[,OPTIONS]
+  cert,db=sql:DIR,cert=[SLOT=]NAME[,cert=...]       certificates of an NSS database
+  cert,pem=CERT,,KEY[,pem=...][,p12=FILE...]        certificates and keys in files
+  with        profile=piv|cac|dual, card-name=, pin-file=, puk-file=, password-file=, no-pin,
+              forget-pin=SECONDS, keep-tries=N, and for files cert=SLOT=NAME
+  host[,module=FILE...][,db=DIR][,token=LABEL]      the keys of a PKCS#11 token
+  with        profile=, card-name=, forget-pin=, keep-tries=, cert=SLOT=NAME
+  pcsc[,name=READER][,exclusive][,keep-tries=N]     the card in a reader of this host, as it is
+  passthru,[deadline=SECONDS,]ENDPOINT              a card that a vscclient brings
+  All take reader=N and slot=M; by default it is the next free slot of reader 0. cert is also
+  host-certificates, passthru also passthrough.
+  Profiles: piv for Windows and macOS, cac for software that knows nothing else, dual (the
+  default) for both. Files with secrets: FILE, fd:N, or a credential of systemd.
+
+Endpoints: unix:PATH, unix-listen:PATH, tcp:HOST:PORT, tcp-listen:HOST:PORT. They come last.
+  A comma in a value is written twice.
 
 Examples:
   # QEMU: -device qemu-xhci -chardev socket,id=c,path=/run/vm1-ccid.sock,server=on,wait=off
@@ -57,13 +63,22 @@ Examples:
       --card cert,db=sql:$HOME/certs,cert=id,cert=sign,cert=encrypt
 
   # A second slot for the card of a remote user's vscclient
-  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock --card cert,db=sql:$HOME/certs,cert=id \\
-      --card passthru,unix-listen:/run/vm1-card.sock
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock \\
+      --card cert,db=sql:$HOME/certs,cert=id --card passthru,unix-listen:/run/vm1-card.sock
+
+  # Key files: the card gets a PIN of its own
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock \\
+      --card cert,pem=jane.crt,,jane.key,pin-file=pin.txt
+
+  # The keys of a token, with its PIN; and the card in a reader of this host, as it is
+  ccid-device --reader usbredir,unix:/run/vm1-ccid.sock \\
+      --card host,module=/usr/lib/softhsm/libsofthsm2.so --card 'pcsc,name=Yubico*'
 
   # For a Linux machine: modprobe vhci-hcd; usbip attach -r 127.0.0.1 -b 1-1
   ccid-device --reader usbip,tcp-listen:127.0.0.1:3240 --card cert,db=sql:$HOME/certs,cert=id
 
-  # libvirt: <redirdev bus='usb' type='unix'><source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
+  # libvirt: <redirdev bus='usb' type='unix'>
+  #            <source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
 
 Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, quit.
   {\"execute\": \"remove\", \"arguments\": {\"reader\": 0, \"slot\": 1}}

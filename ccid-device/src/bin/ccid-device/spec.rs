@@ -233,7 +233,8 @@ fn certificates(options: Vec<(String, Option<String>)>) -> Result<CardSetup, Str
             other => {
                 return Err(format!(
                     "unknown option {other:?}; there are db, cert, pem, p12, profile, card-name, pin-file, puk-file, \
-                     password-file, no-pin, forget-pin, keep-tries, reader and slot"
+                     password-file, no-pin, forget-pin, keep-tries, reader and slot; a comma in a value, as in \
+                     pem=CERT,,KEY, is written twice"
                 ));
             }
         }

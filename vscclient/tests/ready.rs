@@ -1,0 +1,129 @@
+//! When a service manager is told that the card is there.
+#![allow(clippy::unwrap_used, reason = "a test says where it failed")]
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+const ON: u8 = 0x01;
+const ATR: u8 = 0x04;
+
+/// A card directory, and the socket that a service manager has.
+struct Manager {
+    directory: TempDir,
+    socket: UnixDatagram,
+}
+
+/// Ended with the test.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Manager {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = UnixDatagram::bind(directory.path().join("notify")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let pin = directory.path().join("pin");
+        let mut file =
+            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&pin).unwrap();
+        file.write_all(b"271828\n").unwrap();
+        let manager = Self { directory, socket };
+        let mut new = manager.vscclient();
+        new.arg("new-card").arg(manager.path("card")).args(["--name", "Jane Doe", "--algorithm", "p256"]);
+        assert!(new.arg("--pin-file").arg(pin).status().unwrap().success());
+        manager
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn vscclient(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vscclient"));
+        command.env("NOTIFY_SOCKET", self.path("notify")).stdin(Stdio::null());
+        command
+    }
+
+    fn serve(&self, endpoint: &str) -> Service {
+        Service(self.vscclient().arg("card").arg(self.path("card")).arg(endpoint).spawn().unwrap())
+    }
+
+    /// The next message; it comes soon.
+    fn told(&self) -> String {
+        let mut message = [0; 1024];
+        let length = self.socket.recv(&mut message).unwrap();
+        String::from_utf8(message[..length].to_vec()).unwrap()
+    }
+
+    fn told_nothing(&self) -> bool {
+        self.socket.set_nonblocking(true).unwrap();
+        let nothing = self.socket.recv(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        self.socket.set_nonblocking(false).unwrap();
+        nothing
+    }
+}
+
+fn ask(card: &mut TcpStream, question: u8) {
+    card.write_all(&[0, 1, question]).unwrap();
+}
+
+fn answer(card: &mut TcpStream) -> Vec<u8> {
+    let mut length = [0; 2];
+    card.read_exact(&mut length).unwrap();
+    let mut answer = vec![0; u16::from_be_bytes(length).into()];
+    card.read_exact(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn in_pcscd_when_its_programs_see_the_card() {
+    let manager = Manager::new();
+    let vpcd = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = vpcd.local_addr().unwrap().port();
+    let _service = manager.serve(&format!("vpcd:127.0.0.1:{port}"));
+    let waiting = format!("STATUS=waiting for pcscd at tcp:127.0.0.1:{port}\n");
+    // After a loss it is so again.
+    for _ in 0..2 {
+        assert_eq!(manager.told(), waiting);
+        let (mut card, _) = vpcd.accept().unwrap();
+        for questions in [&[ATR][..], &[ATR], &[ON, ATR]] {
+            questions.iter().for_each(|question| ask(&mut card, *question));
+            assert_eq!(answer(&mut card)[0], 0x3B);
+            assert!(manager.told_nothing(), "pcscd has told nobody of the card yet");
+        }
+        ask(&mut card, ATR);
+        let ready = format!("READY=1\nSTATUS=the card is in pcscd's reader at tcp:127.0.0.1:{port}\n");
+        assert_eq!(manager.told(), ready);
+        answer(&mut card);
+        assert!(manager.told_nothing(), "it is told once");
+    }
+}
+
+#[test]
+fn for_a_virtual_machine_when_it_can_connect() {
+    let manager = Manager::new();
+    let path = manager.path("vm.sock");
+    let _service = manager.serve(&format!("unix-listen:{}", path.display()));
+    assert!(manager.told().starts_with("READY=1\nSTATUS=the card is for unix-listen:"));
+    UnixStream::connect(&path).unwrap();
+}
+
+#[test]
+fn for_a_virtual_machine_that_is_not_there_yet() {
+    let manager = Manager::new();
+    let _service = manager.serve(&format!("unix:{}", manager.path("vm.sock").display()));
+    assert!(manager.told().starts_with("READY=1\n"));
+    assert!(!Path::new(&manager.path("vm.sock")).exists());
+}
