@@ -940,7 +940,21 @@ fn vscard() -> Vec<Seed> {
 
 const DUAL: [u8; 2] = [0, 0];
 const OPEN_PIV: [u8; 2] = [1, 1];
+const OWN_PIV: [u8; 2] = [1, 2];
 const CAC: [u8; 2] = [2, 0];
+const OWN_CAC: [u8; 2] = [2, 2];
+
+/// What happens while the command is worked on that this step has.
+fn meanwhile(what: u8, mut step: Vec<u8>) -> Vec<u8> {
+    step[0] += 8 * what;
+    step
+}
+
+/// CHANGE REFERENCE DATA of PIN (0), PUK (1), a CAC's PIN (3); RESET RETRY COUNTER of PIV (2), of a CAC (4): right
+/// at first (0) or not, and the number of the new one.
+fn change(what: u8, wrong: u8, new: u8) -> Vec<u8> {
+    vec![7, what, wrong, new]
+}
 
 fn apdu(apdu: &[u8]) -> Vec<u8> {
     [&[0], &block(apdu)[..]].concat()
@@ -1058,10 +1072,65 @@ fn card() -> Vec<Seed> {
         (
             "change",
             vec![
+                OWN_PIV.into(),
+                change(0, 0, 1),
+                pin(0),
+                change(1, 0, 2),
+                change(0, 1, 0),
+                change(0, 1, 0),
+                change(0, 1, 0),
+                change(0, 0, 0),
+                change(2, 1, 0),
+                change(2, 0, 0),
+                pin(0),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+                change(0, 0, 3),
+            ],
+        ),
+        ("change-not", vec![DUAL.into(), pin(0), change(2, 0, 1), change(1, 0, 2), change(0, 0, 1)]),
+        (
+            "change-cac",
+            vec![OWN_CAC.into(), change(3, 0, 2), change(3, 0, 3), change(4, 0, 0), change(4, 1, 0), pin(1)],
+        ),
+        (
+            "puk-blocked",
+            vec![OWN_PIV.into(), pin(0), change(1, 1, 0), change(2, 1, 0), change(2, 1, 0), change(2, 0, 0)],
+        ),
+        (
+            "reset-at-work",
+            vec![
+                OWN_PIV.into(),
+                meanwhile(3, pin(0)),
+                pin(0),
+                meanwhile(3, authenticate(0, 0, 0, 0, &[1; 128])),
+                pin(0),
+                meanwhile(3, change(0, 0, 1)),
+                pin(0),
+                meanwhile(3, change(2, 0, 0)),
+                pin(0),
+            ],
+        ),
+        (
+            "late",
+            vec![
                 DUAL.into(),
-                apdu(&[&[0x00, 0x24, 0x00, 0x80, 16], &b"123456\xFF\xFF654321\xFF\xFF"[..]].concat()),
-                apdu(&[&[0x00, 0x24, 0x00, 0x81, 16], &b"1234567887654321"[..]].concat()),
-                apdu(&[&[0x00, 0x2C, 0x00, 0x80, 16], &b"12345678654321\xFF\xFF"[..]].concat()),
+                meanwhile(4, pin(0)),
+                pin(0),
+                meanwhile(4, authenticate(0, 0, 1, 0, &[1; 128])),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+                apdu(&[0x00, 0x20, 0x00, 0x80]),
+            ],
+        ),
+        (
+            "two-at-once",
+            vec![
+                DUAL.into(),
+                meanwhile(1, pin(0)),
+                meanwhile(1, authenticate(0, 0, 1, 0, &[1; 128])),
+                meanwhile(2, authenticate(0, 0, 0, 0, &[1; 128])),
+                meanwhile(2, pin(0)),
+                pin(0),
+                meanwhile(5, authenticate(0, 0, 0, 0, &[1; 128])),
             ],
         ),
         ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki, reset.clone()]),
