@@ -85,14 +85,23 @@ fn wild() -> impl Strategy<Value = StepBytes> {
 
 /// What makes GENERAL AUTHENTICATE work, whole or in a chain, short or extended, and what nearly does.
 fn authenticate() -> impl Strategy<Value = StepBytes> {
-    let key = prop_oneof![
-        4 => select(vec![(0x06_u8, 0x9A_u8), (0x06, 0x9C), (0x11, 0x9D), (0x14, 0x9E), (0x00, 0x9B)]),
-        1 => (select(vec![0x00_u8, 0x06, 0x07, 0x11, 0x14]), select(vec![0x9A_u8, 0x9C, 0x9D, 0x9E, 0x82])),
+    // Algorithm and key; tag and length of the value.
+    let fitting = vec![
+        ((0x06_u8, 0x9A_u8), (0x81_u8, 128_usize)),
+        ((0x06, 0x9C), (0x81, 128)),
+        ((0x11, 0x9D), (0x81, 32)),
+        ((0x11, 0x9D), (0x85, 65)),
+        ((0x14, 0x9E), (0x81, 48)),
+        ((0x14, 0x9E), (0x85, 97)),
+        ((0x00, 0x9B), (0x81, 0)),
     ];
+    let key =
+        (select(vec![0x00_u8, 0x06, 0x07, 0x11, 0x14]), select(vec![0x9A_u8, 0x9B, 0x9C, 0x9D, 0x9E, 0x82]));
+    let form = (select(vec![0x80_u8, 0x81, 0x82, 0x85]), select(vec![0_usize, 20, 48, 65, 97, 128]));
+    let request = prop_oneof![6 => select(fitting), 1 => (key, form)];
     // The last byte is what the store goes by: ED fails, EE ends the login.
     let last = prop_oneof![6 => Just(0x55_u8), 1 => Just(0xED), 1 => Just(0xEE)];
-    let form = select(vec![(0x81_u8, 128_usize), (0x81, 32), (0x81, 48), (0x85, 65), (0x85, 97), (0x81, 0)]);
-    let body = (form, last).prop_map(|((tag, length), last)| {
+    let body = |(tag, length): (u8, usize), last| {
         let mut value = vec![0x55; length];
         if let [first, .., end] = &mut value[..] {
             (*first, *end) = (0x04, last);
@@ -100,10 +109,12 @@ fn authenticate() -> impl Strategy<Value = StepBytes> {
         let response: &[u8] = if length == 0 { &[] } else { &[0x82, 0x00] };
         let object = [&[tag, 0x81, length as u8], &value[..], response].concat();
         [&[0x7C, 0x81, object.len() as u8], &object[..]].concat()
-    });
+    };
     let le = select(vec![1, 256, 65_536]);
-    (key, body, le, prop::option::of(any::<Index>()), any::<bool>(), meanwhile()).prop_map(
-        |((algorithm, key), body, le, cut, last_too, meanwhile)| {
+    let cut = prop::option::weighted(0.3, any::<Index>());
+    (request, last, le, cut, any::<bool>(), meanwhile()).prop_map(
+        move |(((algorithm, key), form), last, le, cut, last_too, meanwhile)| {
+            let body = body(form, last);
             let whole = |data: &[u8]| {
                 raw(&Command::build([0x00, 0x87, algorithm, key], data, Some(le)).unwrap(), meanwhile)
             };
@@ -139,16 +150,21 @@ fn step() -> impl Strategy<Value = StepBytes> {
     let ask = select(vec![0x00_u8, 0x80])
         .prop_map(|reference| raw(&Command::build([0x00, 0x20, 0x00, reference], &[], None).unwrap(), 0));
     let wrong = prop_oneof![2 => Just(0_u8), 1 => Just(1)];
-    let change = (0_u8..5, wrong, 0_u8..4, meanwhile())
+    let what = prop_oneof![3 => Just(0_u8), 4 => 1_u8..5];
+    let change = (what, wrong, 0_u8..4, meanwhile())
         .prop_map(|(what, wrong, new, meanwhile)| vec![7 + 8 * meanwhile, what, wrong, new]);
+    let read = select(vec![0x03_u8, 0x05, 0x09, 0x23]).prop_map(|last| {
+        raw(&Command::build([0x00, 0xCB, 0x3F, 0xFF], &[0x5C, 3, 0x5F, 0xC1, last], Some(256)).unwrap(), 0)
+    });
     prop_oneof![
         5 => right_pin,
-        5 => authenticate(),
+        6 => authenticate(),
         4 => wild(),
         2 => sign(),
-        2 => select_application(),
-        2 => change,
+        1 => select_application(),
+        3 => change,
         1 => ask,
+        1 => read,
         1 => any::<u8>().prop_map(|le| vec![4, le]),
         1 => select(vec![vec![5_u8], vec![6]]),
     ]

@@ -11,6 +11,7 @@ fn main() -> io::Result<()> {
     for (target, seeds) in [
         ("card", card()),
         ("ccid", ccid()),
+        ("options", options()),
         ("usbredir", usbredir()),
         ("usbip", usbip()),
         ("vscard", vscard()),
@@ -1087,6 +1088,17 @@ fn card() -> Vec<Seed> {
                 change(0, 0, 3),
             ],
         ),
+        ("change-no-verify", vec![OWN_PIV.into(), change(0, 0, 1), authenticate(0, 0, 1, 0, &[1; 128])]),
+        (
+            "change-after-logout",
+            vec![
+                OWN_PIV.into(),
+                pin(0),
+                logout.clone(),
+                change(0, 0, 1),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+            ],
+        ),
         ("change-not", vec![DUAL.into(), pin(0), change(2, 0, 1), change(1, 0, 2), change(0, 0, 1)]),
         (
             "change-cac",
@@ -1133,7 +1145,15 @@ fn card() -> Vec<Seed> {
                 meanwhile(5, authenticate(0, 0, 0, 0, &[1; 128])),
             ],
         ),
-        ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki, reset.clone()]),
+        ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki.clone(), reset.clone()]),
+        (
+            "cac-unverified",
+            vec![
+                CAC.into(),
+                pki.clone(),
+                apdu(&[&[0x00, 0x42, 0x00, 0x00, 128], &[5; 128][..], &[0x00]].concat()),
+            ],
+        ),
         (
             "cac",
             vec![
@@ -1146,6 +1166,60 @@ fn card() -> Vec<Seed> {
                 apdu(&[&[0x00, 0x42, 0x00, 0x00, 28], &[5; 28][..], &[0x00]].concat()),
                 reset,
             ],
+        ),
+    ]
+}
+
+// ---- option strings ---------------------------------------------------------------------------------------
+
+fn options() -> Vec<Seed> {
+    let text = |text: &str| vec![text.as_bytes().to_vec()];
+    vec![
+        ("endpoint-tcp", text("tcp:localhost:2001")),
+        ("endpoint-tcp6", text("tcp:[::1]:2001")),
+        ("endpoint-tcp-listen", text("tcp-listen:127.0.0.1:0")),
+        ("endpoint-unix", text("unix:/run/a,,b.sock")),
+        ("endpoint-unix-listen", text("unix-listen:/run/vm1.sock,option")),
+        ("vpcd", text("vpcd:localhost:35963,slot=1")),
+        ("vpcd-short", text("vpcd:")),
+        ("vpcd-high", text("vpcd:[::1]:65535,slot=65535")),
+        ("profile", text("dual")),
+        ("slot", text("9a")),
+        ("slot-retired", text("95")),
+        ("wanted", text("9e=CN=Jane, Doe")),
+        ("pem", text("a,,b.crt,a,,b.key")),
+        (
+            "legacy",
+            text("db=\"sql:/d b\" use_hw=no soft=(,Virtual Reader,CAC,,id,sign,) hw_type=CAC hw_params=x"),
+        ),
+        ("legacy-hardware", text("nssemul use_hw=yes, db= \"/d\"")),
+        ("reader", text("usbredir,interfaces=7,speed=high,id=04E6:5116,serial=1,product=P,unix:/run/a.sock")),
+        (
+            "reader-usbip",
+            text("usbip,slots=16,speed=full,max-message=65554,manufacturer=,,,tcp-listen:[::]:3240"),
+        ),
+        (
+            "card-database",
+            text(
+                "cert,db=sql:/d,,x,cert=a,cert=9c=b,profile=piv,card-name=c,pin-file=p,puk-file=q,slot=2,reader=1",
+            ),
+        ),
+        (
+            "card-files",
+            text("host-certificates,pem=a.crt,,a.key,p12=b.p12,password-file=w,no-pin,forget-pin=60"),
+        ),
+        ("card-token", text("host,module=/m.so,db=/d,token=t,keep-tries=15,forget-pin=18446744073709551615")),
+        ("card-raw", text("pcsc,name=Yubico*,exclusive,keep-tries=0")),
+        ("card-passthru", text("passthrough,deadline=3600,reader=1,unix-listen:/run/a,,b.sock")),
+        (
+            "toml-pem",
+            text("name = \"J\"\nprofile = \"piv\"\n[[pem]]\ncertificate = \"a.pem\"\nkey = \"a.key\"\n"),
+        ),
+        (
+            "toml-nss",
+            text(
+                "name = 'J'\nprofile = 'cac'\n[nss]\ndatabase = 'd'\npassword_file = 'p'\ncertificates = ['a', 'b']\n",
+            ),
         ),
     ]
 }
