@@ -1,4 +1,4 @@
-//! What holds for any sequence of commands.
+//! What holds for any sequence of commands to a CAC, but for its security state, which `card_properties.rs` is about.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
@@ -12,7 +12,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use vscard_protocol::{Command, StatusWord};
 
-use common::{PIN, Store, VERIFY, card_with, noise, pki_aid, select, send, transmit};
+use common::{Store, VERIFY, card_with, noise, pki_aid, select, send, transmit};
 
 const AIDS: [&[u8]; 6] = [
     b"\xA0\x00\x00\x00\x79\x01\x00",
@@ -50,24 +50,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     prop_oneof![3 => wild, 1 => select, 2 => sign]
 }
 
-/// Whether a command is a VERIFY that could succeed.
-fn is_right_pin(command: &Command) -> bool {
-    command.ins() == 0x20 && command.data().starts_with(PIN)
-}
-
 proptest! {
-    #[test]
-    fn no_command_uses_a_key_without_a_pin(commands in vec(any_command(), 1..60)) {
-        let store = Store::new(2, 1024);
-        let seen = Arc::clone(&store.seen);
-        let mut card = card_with(store, ReferenceData::in_memory(3));
-        for command in commands.iter().filter(|command| !is_right_pin(command)) {
-            let response = transmit(&mut card, command);
-            prop_assert!(response.data().len() <= command.le().unwrap_or(0));
-            prop_assert_eq!(seen.operations(), 0);
-        }
-    }
-
     #[test]
     fn reset_clears_everything(commands in vec(any_command(), 1..30), finished in any::<bool>()) {
         let store = Store::new(2, 1024);

@@ -1,4 +1,5 @@
-//! What holds for any sequence of commands to a card with the PIV application.
+//! What holds for any sequence of commands to a card with the PIV application, but for its security state, which
+//! `card_properties.rs` is about.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
@@ -11,9 +12,9 @@ use emulated_card::keys::KeyStore;
 use emulated_card::pin::ReferenceData;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vscard_protocol::{Command, Secret, StatusWord};
+use vscard_protocol::{Command, StatusWord};
 
-use common::{PIN, SELECT_PIV, Store, VERIFY_PIV, keys, noise, pki_aid, send, transmit, try_card};
+use common::{SELECT_PIV, Store, VERIFY_PIV, keys, noise, pki_aid, send, transmit, try_card};
 
 const KEYS: &str = "9a:1024,9c:p256,9d:1024,9e:p256,82:p384";
 
@@ -71,69 +72,11 @@ fn any_command() -> impl Strategy<Value = Vec<Command>> {
     prop_oneof![3 => wild, 1 => select, 3 => authenticate()]
 }
 
-/// Whether a command is a VERIFY that could succeed.
-fn is_right_pin(command: &Command) -> bool {
-    command.ins() == 0x20 && command.data().starts_with(PIN)
-}
-
 fn store() -> Store {
     Store::of(keys(KEYS).1)
 }
 
 proptest! {
-    #[test]
-    fn no_command_uses_a_key_without_a_pin(commands in vec(any_command(), 1..60), dual in any::<bool>()) {
-        let store = store();
-        let seen = Arc::clone(&store.seen);
-        let profile = if dual { Profile::Dual } else { Profile::Piv };
-        let mut card = try_card(store, ReferenceData::in_memory(3), profile, keys(KEYS).0).unwrap();
-        for command in commands.iter().flatten().filter(|command| !is_right_pin(command)) {
-            let response = transmit(&mut card, command);
-            prop_assert!(response.data().len() <= command.le().unwrap_or(0));
-            prop_assert_eq!(seen.operations(), 0);
-        }
-    }
-
-    #[test]
-    fn where_the_store_is_open_only_the_card_authentication_key_works(commands in vec(any_command(), 1..60)) {
-        let store = store();
-        let seen = Arc::clone(&store.seen);
-        let reference = ReferenceData::any(Secret::from(PIN));
-        let mut card = try_card(store, reference, Profile::Piv, keys(KEYS).0).unwrap();
-        for command in commands.iter().flatten().filter(|command| command.ins() != 0x20) {
-            let before = seen.operations();
-            transmit(&mut card, command);
-            if seen.operations() > before {
-                prop_assert_eq!((command.ins(), command.p2()), (0x87, 0x9E));
-            }
-            prop_assert_eq!(seen.live_logins(), 0);
-        }
-    }
-
-    /// However often the PIN is verified, the signature key is used at most that often.
-    #[test]
-    fn the_signature_key_never_works_twice(
-        commands in vec(prop_oneof![
-            2 => authenticate(),
-            1 => Just(vec![Command::parse(VERIFY_PIV).unwrap()]),
-        ], 1..40),
-    ) {
-        let store = store();
-        let seen = Arc::clone(&store.seen);
-        let mut card = try_card(store, ReferenceData::in_memory(3), Profile::Piv, keys(KEYS).0).unwrap();
-        let mut may = false;
-        for command in commands.iter().flatten() {
-            let before = seen.operations();
-            transmit(&mut card, command);
-            if command.ins() == 0x20 {
-                may = true;
-            } else if command.p2() == 0x9C && command.cla() == 0 {
-                prop_assert!(may || seen.operations() == before);
-                may = false;
-            }
-        }
-    }
-
     #[test]
     fn reset_clears_everything(commands in vec(any_command(), 1..30), finished in any::<bool>()) {
         let store = store();

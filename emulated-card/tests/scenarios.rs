@@ -12,21 +12,27 @@
 //! | `# …` | a comment |
 //!
 //! In both, `FF*30` stands for thirty times that byte.
+//!
+//! Together they end each command of each applet with each status word it has: see [`statuses`].
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
+#[path = "common/statuses.rs"]
+mod statuses;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use emulated_card::card::{EmulatedCard, Profile};
 use emulated_card::keys::{KeyError, UnlockError};
 use emulated_card::pin::ReferenceData;
 use emulated_card::slot::assign;
-use emulated_card::state::StateDirectory;
-use vscard_protocol::Secret;
+use emulated_card::state::{CardId, StateDirectory};
+use vscard_protocol::{Command, Secret};
 
-use common::{PIN, Store, certificates, keys, send, try_card};
+use common::{PIN, Store, certificates, keys, transmit, try_card};
+use statuses::{Observer, Seen};
 
 #[test]
 fn scenarios() {
@@ -35,16 +41,21 @@ fn scenarios() {
         std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     assert!(!files.is_empty());
-    let mut failures = Vec::new();
+    let (mut failures, mut seen) = (Vec::new(), BTreeSet::new());
     for file in files {
-        play(&file, &mut failures);
+        play(&file, &mut failures, &mut seen);
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+    let all = statuses::all();
+    let missing: Vec<_> = all.difference(&seen).collect();
+    assert!(missing.is_empty(), "no scenario has {missing:#?}");
+    let unknown: Vec<_> = seen.difference(&all).collect();
+    assert!(unknown.is_empty(), "the table of status words has no {unknown:#?}");
 }
 
-fn play(file: &Path, failures: &mut Vec<String>) {
+fn play(file: &Path, failures: &mut Vec<String>, seen: &mut BTreeSet<Seen>) {
     let text = std::fs::read_to_string(file).unwrap();
-    let mut card = new_card("");
+    let (mut card, mut observer) = new_card("");
     let mut step = "";
     let mut response: Option<Vec<u8>> = None;
     for (number, line) in text.lines().enumerate() {
@@ -52,9 +63,12 @@ fn play(file: &Path, failures: &mut Vec<String>) {
         let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
         match kind {
             "" | "#" => {}
-            "card" => card = new_card(rest),
+            "card" => (card, observer) = new_card(rest),
             "step" => step = rest,
-            "!" if rest == "reset" => card.reset(),
+            "!" if rest == "reset" => {
+                card.reset();
+                observer.reset();
+            }
             "!" if rest == "logout" => card.logout(),
             ">" => {
                 assert!(response.is_none(), "{}: the response before this command is not looked at", place());
@@ -65,7 +79,10 @@ fn play(file: &Path, failures: &mut Vec<String>) {
                         _ => panic!("{}: a command has no wildcards", place()),
                     })
                     .collect();
-                response = Some(send(&mut card, &bytes).as_bytes().to_vec());
+                let command = Command::parse(&bytes).unwrap();
+                let answer = transmit(&mut card, &command);
+                seen.insert(observer.see(&command, answer.status()));
+                response = Some(answer.as_bytes().to_vec());
             }
             "<" => {
                 let response = response.take().unwrap_or_else(|| panic!("{}: no command", place()));
@@ -79,7 +96,7 @@ fn play(file: &Path, failures: &mut Vec<String>) {
     assert!(response.is_none(), "{}: the last response is not looked at", file.display());
 }
 
-fn new_card(settings: &str) -> EmulatedCard {
+fn new_card(settings: &str) -> (EmulatedCard, Observer) {
     let (mut count, mut bits, mut reference) = (2, 1024, ReferenceData::in_memory(3));
     let (mut profile, mut piv_keys) = (Profile::Cac, None);
     let (mut unlock_error, mut key_error) = (None, None);
@@ -102,6 +119,7 @@ fn new_card(settings: &str) -> EmulatedCard {
                 let nowhere = StateDirectory::at("/dev/null/nowhere");
                 reference = ReferenceData::of_database(&nowhere, "/nowhere".as_ref(), 3);
             }
+            ("state", "lost") => reference = lost(),
             ("unlock", "locked") => unlock_error = Some(UnlockError::Locked),
             ("unlock", "broken") => unlock_error = Some(UnlockError::NotChecked("broken".into())),
             ("key", "broken") => key_error = Some(KeyError::Failed("broken".into())),
@@ -117,7 +135,17 @@ fn new_card(settings: &str) -> EmulatedCard {
     let mut store = Store::of(certificates);
     store.unlock_error = unlock_error;
     store.key_error = key_error;
-    try_card(store, reference, profile, slots).unwrap()
+    (try_card(store, reference, profile, slots).unwrap(), Observer::new(profile))
+}
+
+/// A PIN and a PUK of the card's own, on a disk that is gone.
+fn lost() -> ReferenceData {
+    let place = tempfile::tempdir().unwrap();
+    let directory = StateDirectory::at(place.path().join("state"));
+    let claim =
+        directory.claim("/nowhere".as_ref(), &CardId::derive(&certificates(1, 1024), "lost")).unwrap();
+    let (pin, puk) = (Secret::from(PIN), Secret::from(&b"12345678"[..]));
+    ReferenceData::of_card(&directory, &claim, Some(&pin), Some(&puk), Secret::default(), 3).unwrap().0
 }
 
 #[derive(Clone)]

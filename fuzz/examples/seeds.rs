@@ -11,6 +11,7 @@ fn main() -> io::Result<()> {
     for (target, seeds) in [
         ("card", card()),
         ("ccid", ccid()),
+        ("options", options()),
         ("usbredir", usbredir()),
         ("usbip", usbip()),
         ("vscard", vscard()),
@@ -940,7 +941,21 @@ fn vscard() -> Vec<Seed> {
 
 const DUAL: [u8; 2] = [0, 0];
 const OPEN_PIV: [u8; 2] = [1, 1];
+const OWN_PIV: [u8; 2] = [1, 2];
 const CAC: [u8; 2] = [2, 0];
+const OWN_CAC: [u8; 2] = [2, 2];
+
+/// What happens while the command is worked on that this step has.
+fn meanwhile(what: u8, mut step: Vec<u8>) -> Vec<u8> {
+    step[0] += 8 * what;
+    step
+}
+
+/// CHANGE REFERENCE DATA of PIN (0), PUK (1), a CAC's PIN (3); RESET RETRY COUNTER of PIV (2), of a CAC (4): right
+/// at first (0) or not, and the number of the new one.
+fn change(what: u8, wrong: u8, new: u8) -> Vec<u8> {
+    vec![7, what, wrong, new]
+}
 
 fn apdu(apdu: &[u8]) -> Vec<u8> {
     [&[0], &block(apdu)[..]].concat()
@@ -1058,13 +1073,87 @@ fn card() -> Vec<Seed> {
         (
             "change",
             vec![
-                DUAL.into(),
-                apdu(&[&[0x00, 0x24, 0x00, 0x80, 16], &b"123456\xFF\xFF654321\xFF\xFF"[..]].concat()),
-                apdu(&[&[0x00, 0x24, 0x00, 0x81, 16], &b"1234567887654321"[..]].concat()),
-                apdu(&[&[0x00, 0x2C, 0x00, 0x80, 16], &b"12345678654321\xFF\xFF"[..]].concat()),
+                OWN_PIV.into(),
+                change(0, 0, 1),
+                pin(0),
+                change(1, 0, 2),
+                change(0, 1, 0),
+                change(0, 1, 0),
+                change(0, 1, 0),
+                change(0, 0, 0),
+                change(2, 1, 0),
+                change(2, 0, 0),
+                pin(0),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+                change(0, 0, 3),
             ],
         ),
-        ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki, reset.clone()]),
+        ("change-no-verify", vec![OWN_PIV.into(), change(0, 0, 1), authenticate(0, 0, 1, 0, &[1; 128])]),
+        (
+            "change-after-logout",
+            vec![
+                OWN_PIV.into(),
+                pin(0),
+                logout.clone(),
+                change(0, 0, 1),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+            ],
+        ),
+        ("change-not", vec![DUAL.into(), pin(0), change(2, 0, 1), change(1, 0, 2), change(0, 0, 1)]),
+        (
+            "change-cac",
+            vec![OWN_CAC.into(), change(3, 0, 2), change(3, 0, 3), change(4, 0, 0), change(4, 1, 0), pin(1)],
+        ),
+        (
+            "puk-blocked",
+            vec![OWN_PIV.into(), pin(0), change(1, 1, 0), change(2, 1, 0), change(2, 1, 0), change(2, 0, 0)],
+        ),
+        (
+            "reset-at-work",
+            vec![
+                OWN_PIV.into(),
+                meanwhile(3, pin(0)),
+                pin(0),
+                meanwhile(3, authenticate(0, 0, 0, 0, &[1; 128])),
+                pin(0),
+                meanwhile(3, change(0, 0, 1)),
+                pin(0),
+                meanwhile(3, change(2, 0, 0)),
+                pin(0),
+            ],
+        ),
+        (
+            "late",
+            vec![
+                DUAL.into(),
+                meanwhile(4, pin(0)),
+                pin(0),
+                meanwhile(4, authenticate(0, 0, 1, 0, &[1; 128])),
+                authenticate(0, 0, 1, 0, &[1; 128]),
+                apdu(&[0x00, 0x20, 0x00, 0x80]),
+            ],
+        ),
+        (
+            "two-at-once",
+            vec![
+                DUAL.into(),
+                meanwhile(1, pin(0)),
+                meanwhile(1, authenticate(0, 0, 1, 0, &[1; 128])),
+                meanwhile(2, authenticate(0, 0, 0, 0, &[1; 128])),
+                meanwhile(2, pin(0)),
+                pin(0),
+                meanwhile(5, authenticate(0, 0, 0, 0, &[1; 128])),
+            ],
+        ),
+        ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki.clone(), reset.clone()]),
+        (
+            "cac-unverified",
+            vec![
+                CAC.into(),
+                pki.clone(),
+                apdu(&[&[0x00, 0x42, 0x00, 0x00, 128], &[5; 128][..], &[0x00]].concat()),
+            ],
+        ),
         (
             "cac",
             vec![
@@ -1077,6 +1166,60 @@ fn card() -> Vec<Seed> {
                 apdu(&[&[0x00, 0x42, 0x00, 0x00, 28], &[5; 28][..], &[0x00]].concat()),
                 reset,
             ],
+        ),
+    ]
+}
+
+// ---- option strings ---------------------------------------------------------------------------------------
+
+fn options() -> Vec<Seed> {
+    let text = |text: &str| vec![text.as_bytes().to_vec()];
+    vec![
+        ("endpoint-tcp", text("tcp:localhost:2001")),
+        ("endpoint-tcp6", text("tcp:[::1]:2001")),
+        ("endpoint-tcp-listen", text("tcp-listen:127.0.0.1:0")),
+        ("endpoint-unix", text("unix:/run/a,,b.sock")),
+        ("endpoint-unix-listen", text("unix-listen:/run/vm1.sock,option")),
+        ("vpcd", text("vpcd:localhost:35963,slot=1")),
+        ("vpcd-short", text("vpcd:")),
+        ("vpcd-high", text("vpcd:[::1]:65535,slot=65535")),
+        ("profile", text("dual")),
+        ("slot", text("9a")),
+        ("slot-retired", text("95")),
+        ("wanted", text("9e=CN=Jane, Doe")),
+        ("pem", text("a,,b.crt,a,,b.key")),
+        (
+            "legacy",
+            text("db=\"sql:/d b\" use_hw=no soft=(,Virtual Reader,CAC,,id,sign,) hw_type=CAC hw_params=x"),
+        ),
+        ("legacy-hardware", text("nssemul use_hw=yes, db= \"/d\"")),
+        ("reader", text("usbredir,interfaces=7,speed=high,id=04E6:5116,serial=1,product=P,unix:/run/a.sock")),
+        (
+            "reader-usbip",
+            text("usbip,slots=16,speed=full,max-message=65554,manufacturer=,,,tcp-listen:[::]:3240"),
+        ),
+        (
+            "card-database",
+            text(
+                "cert,db=sql:/d,,x,cert=a,cert=9c=b,profile=piv,card-name=c,pin-file=p,puk-file=q,slot=2,reader=1",
+            ),
+        ),
+        (
+            "card-files",
+            text("host-certificates,pem=a.crt,,a.key,p12=b.p12,password-file=w,no-pin,forget-pin=60"),
+        ),
+        ("card-token", text("host,module=/m.so,db=/d,token=t,keep-tries=15,forget-pin=18446744073709551615")),
+        ("card-raw", text("pcsc,name=Yubico*,exclusive,keep-tries=0")),
+        ("card-passthru", text("passthrough,deadline=3600,reader=1,unix-listen:/run/a,,b.sock")),
+        (
+            "toml-pem",
+            text("name = \"J\"\nprofile = \"piv\"\n[[pem]]\ncertificate = \"a.pem\"\nkey = \"a.key\"\n"),
+        ),
+        (
+            "toml-nss",
+            text(
+                "name = 'J'\nprofile = 'cac'\n[nss]\ndatabase = 'd'\npassword_file = 'p'\ncertificates = ['a', 'b']\n",
+            ),
         ),
     ]
 }

@@ -6,6 +6,8 @@
 //! in between it asks for the ATR, every 0.4 s, to see whether the card is still in. pcscd powers a card that it finds,
 //! reads its ATR, and only then tells its programs of it: so they see it when vpcd asks for the next thing.
 
+mod endpoint;
+
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
@@ -24,11 +26,8 @@ use zeroize::Zeroizing;
 
 use crate::notify;
 use crate::session::{End, Wish};
+pub(crate) use endpoint::{PREFIX, endpoint};
 
-/// How the endpoint's text begins.
-pub(crate) const PREFIX: &str = "vpcd:";
-/// Port of the first slot; each further one has the next.
-const PORT: u16 = 35_963;
 /// For the next question after one that has no answer.
 ///
 /// A program can send the card a single byte, which looks like a command to the reader: then vpcd waits for an
@@ -41,30 +40,6 @@ mod control {
     pub(super) const ON: u8 = 0x01;
     pub(super) const RESET: u8 = 0x02;
     pub(super) const ATR: u8 = 0x04;
-}
-
-/// Reads `vpcd:[HOST[:PORT]][,slot=N]`.
-pub(crate) fn endpoint(text: &str) -> Result<Endpoint, String> {
-    let mut parts = text.strip_prefix(PREFIX).unwrap_or(text).split(',');
-    let address = match parts.next().unwrap_or_default() {
-        "" => format!("localhost:{PORT}"),
-        // Without a port: a name, or an IPv6 address in brackets.
-        host if !host.contains(':') || host.ends_with(']') => format!("{host}:{PORT}"),
-        address => address.to_owned(),
-    };
-    let mut slot = 0;
-    for option in parts {
-        let number = option.strip_prefix("slot=").and_then(|number| number.parse::<u16>().ok());
-        slot = number.ok_or_else(|| format!("{text}: {option:?} is not slot=N, with N from 0"))?;
-    }
-    let first = format!("tcp:{address}").parse().map_err(|error| format!("{text}: {error}"))?;
-    match first {
-        Endpoint::Tcp { host, port } => match port.checked_add(slot) {
-            Some(port) => Ok(Endpoint::Tcp { host, port }),
-            None => Err(format!("{text}: slot {slot} has no port, {port} + {slot} is more than 65535")),
-        },
-        _ => Err(format!("{text}: no TCP address")),
-    }
 }
 
 /// Runs until the user leaves, or the first loss if `reconnect` is not wanted.

@@ -37,7 +37,7 @@ const PROGRAMS: [&str; 8] =
     ["build", "--locked", "-p", "ccid-device", "-p", "vscclient", "-p", "stack-tests"];
 
 /// In `fuzz/fuzz_targets`.
-const FUZZ_TARGETS: [&str; 5] = ["card", "ccid", "usbredir", "usbip", "vscard"];
+const FUZZ_TARGETS: [&str; 6] = ["card", "ccid", "options", "usbredir", "usbip", "vscard"];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -1,6 +1,7 @@
 //! `vscclient new-card`: a test card in a directory, with a certification authority of its own.
 
 mod authority;
+mod card_file;
 mod directory;
 mod nss;
 #[cfg(test)]
@@ -25,7 +26,8 @@ use vscard_protocol::Secret;
 use zeroize::Zeroizing;
 
 use self::authority::{Authority, Holder, Purpose, Validity};
-use self::directory::{CARD_FILE, CardFile, NssFiles, PemFiles, Profile};
+use self::card_file::{CardFile, NssFiles, PemFiles, Profile};
+use self::directory::CARD_FILE;
 pub(crate) use self::directory::{CardDirectory, CardDirectoryError};
 use self::nss::Database;
 
@@ -337,7 +339,7 @@ fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), NewCardError> {
 }
 
 fn parse_name(text: &str) -> Result<String, String> {
-    directory::check_name(text).map(|()| text.to_owned()).map_err(str::to_owned)
+    card_file::check_name(text).map(|()| text.to_owned()).map_err(str::to_owned)
 }
 
 fn parse_upn(text: &str) -> Result<String, String> {

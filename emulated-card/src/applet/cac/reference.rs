@@ -1,10 +1,11 @@
 //! The PIN commands of a CAC. The PIN belongs to the card: it needs no applet selected.
 
 use vscard_protocol::apdu::ins;
-use vscard_protocol::{Command, StatusWord};
+use vscard_protocol::{Command, Secret, StatusWord};
 
 use crate::applet::{Outcome, PIN_FIELD, puk, two_fields, unpadded};
 use crate::card::Work;
+use crate::pin::check_card_pin;
 
 /// Whether an instruction is one of them.
 pub(crate) fn concerns(ins: u8) -> bool {
@@ -32,9 +33,14 @@ pub(crate) fn command(command: &Command, verified: bool) -> Outcome {
     }
     let Some((old, new)) = two_fields(body) else { return StatusWord::WRONG_LENGTH.into() };
     let work = if command.ins() == ins::CHANGE_REFERENCE_DATA {
-        unpadded(old).zip(unpadded(new)).map(|(old, new)| Work::Change { old, new })
+        unpadded(old).zip(new_pin(new)).map(|(old, new)| Work::Change { old, new })
     } else {
-        puk(old).zip(unpadded(new)).map(|(puk, new)| Work::Unblock { puk, new })
+        puk(old).zip(new_pin(new)).map(|(puk, new)| Work::Unblock { puk, new })
     };
     work.map_or(StatusWord::INCORRECT_DATA.into(), Outcome::from)
+}
+
+/// A PIN that is to be set. The one it replaces may be one that only the host can set.
+fn new_pin(field: &[u8]) -> Option<Secret> {
+    unpadded(field).filter(|pin| check_card_pin(pin).is_ok())
 }
