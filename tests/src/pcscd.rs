@@ -19,13 +19,19 @@ use crate::process::{Process, program};
 
 /// For one command; none of them takes seconds.
 const LIMIT: Duration = Duration::from_secs(60);
+/// For a test that runs inside.
+const TEST_LIMIT: Duration = Duration::from_secs(120);
+
+/// Set in a process that runs inside the namespaces.
+const INSIDE: &str = "STACK_INSIDE_PCSCD";
 
 /// vpcd, as Debian installs it.
 const DRIVER: &str = "/usr/lib/pcsc/drivers/serial/libifdvpcd.so";
 
 /// The namespaces, and pcscd in them. All of it ends when this is dropped.
 pub struct Pcscd {
-    namespace: Child,
+    /// None in a process that runs inside.
+    namespace: Option<Child>,
     daemon: Mutex<Option<Process>>,
     directory: TempDir,
 }
@@ -44,16 +50,31 @@ pub struct Ran {
 impl Pcscd {
     /// Starts it; both readers are there, and empty.
     pub async fn start() -> Result<Self> {
-        ensure!(Path::new(DRIVER).is_file(), "{DRIVER} is missing: install the package vsmartcard-vpcd");
-        let directory = short_directory()?;
-        for name in ["home", "no-drivers"] {
-            std::fs::create_dir(directory.path().join(name))?;
+        let pcscd = Self::not_started().await?;
+        pcscd.start_daemon().await?;
+        Ok(pcscd)
+    }
+
+    /// For a test that uses PC/SC itself: runs the test of that name again, inside. There this returns a `Pcscd`
+    /// whose daemon is not started; out here None, if the test passed.
+    pub async fn inside(test: &str) -> Result<Option<Self>> {
+        if std::env::var_os(INSIDE).is_some() {
+            return Ok(Some(Self { namespace: None, daemon: Mutex::new(None), directory: configure()? }));
         }
-        // Base port 0x8C7B, the next one for the second slot.
-        let readers = format!(
-            "FRIENDLYNAME \"Virtual PCD\"\nDEVICENAME /dev/null:0x8C7B\nLIBPATH {DRIVER}\nCHANNELID 0x8C7B\n"
-        );
-        std::fs::write(directory.path().join("reader.conf"), readers)?;
+        let outside = Self::not_started().await?;
+        let mut command = outside.command(std::env::current_exe()?);
+        command.args([test, "--exact", "--nocapture"]).env(INSIDE, "1");
+        let output = within(None, TEST_LIMIT, test, command.output()).await??;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        ensure!(output.status.success() && said.contains("1 passed"), "{said}");
+        Ok(None)
+    }
+
+    /// The namespaces, without the daemon.
+    pub async fn not_started() -> Result<Self> {
+        ensure!(Path::new(DRIVER).is_file(), "{DRIVER} is missing: install the package vsmartcard-vpcd");
+        let directory = configure()?;
         let mut command = Command::new("unshare");
         if !is_root() {
             command.args(["--user", "--map-current-user", "--keep-caps"]);
@@ -71,9 +92,7 @@ impl Pcscd {
         let output = namespace.stdout.take().context("no output")?;
         let line = BufReader::new(output).lines().next_line().await?;
         ensure!(line.as_deref() == Some("ready"), "no namespace of our own: {line:?}");
-        let pcscd = Self { namespace, daemon: Mutex::new(None), directory };
-        pcscd.start_daemon().await?;
-        Ok(pcscd)
+        Ok(Self { namespace: Some(namespace), daemon: Mutex::new(None), directory })
     }
 
     /// Starts the daemon; returns when its readers are there.
@@ -111,13 +130,20 @@ impl Pcscd {
     /// A command beside pcscd, to be run in this directory with a home of its own: OpenSC and others keep what they
     /// saw of a card there.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
-        if !is_root() {
-            command.args(["--user", "--preserve-credentials"]);
-        }
-        let process = self.namespace.id().map(|id| id.to_string()).unwrap_or_default();
-        command.args(["--target", &process, "--mount", "--net"]);
-        command.arg(format!("--wd={}", self.directory.path().display())).arg("--").arg(program);
+        let mut command = match &self.namespace {
+            Some(namespace) => {
+                let mut command = Command::new("nsenter");
+                if !is_root() {
+                    command.args(["--user", "--preserve-credentials"]);
+                }
+                let process = namespace.id().map(|id| id.to_string()).unwrap_or_default();
+                command.args(["--target", &process, "--mount", "--net"]);
+                command.arg(format!("--wd={}", self.directory.path().display())).arg("--").arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.current_dir(self.directory.path());
         let home = self.path("home");
         command.env("HOME", &home).env("XDG_CACHE_HOME", &home).env("XDG_STATE_HOME", self.path("state"));
         command.env("LC_ALL", "C").env_remove("DISPLAY").env_remove("SSH_AUTH_SOCK");
@@ -180,6 +206,20 @@ impl Pcscd {
     pub async fn card_in(&self, slot: usize) -> Result<()> {
         self.ok(&format!("guest-pcsc wait-card present 30 {slot}")).await.map(drop)
     }
+}
+
+/// A directory for what pcscd reads and commands write.
+fn configure() -> Result<TempDir> {
+    let directory = short_directory()?;
+    for name in ["home", "no-drivers"] {
+        std::fs::create_dir(directory.path().join(name))?;
+    }
+    // Base port 0x8C7B, the next one for the second slot.
+    let readers = format!(
+        "FRIENDLYNAME \"Virtual PCD\"\nDEVICENAME /dev/null:0x8C7B\nLIBPATH {DRIVER}\nCHANNELID 0x8C7B\n"
+    );
+    std::fs::write(directory.path().join("reader.conf"), readers)?;
+    Ok(directory)
 }
 
 /// A process' own directory in /proc belongs to its effective user.

@@ -150,7 +150,7 @@ fn card(pcscd: &Pcscd, suite: Suite, database: &Database, args: &[&str]) -> Resu
 }
 
 /// OpenSC as a PKCS#11 module.
-fn module() -> Result<String> {
+pub(crate) fn module() -> Result<String> {
     let found = std::fs::read_dir("/usr/lib")?
         .filter_map(|entry| Some(entry.ok()?.path().join("opensc-pkcs11.so")))
         .chain([PathBuf::from("/usr/lib/opensc-pkcs11.so")])

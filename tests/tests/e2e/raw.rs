@@ -1,6 +1,7 @@
 //! A card in a reader of the host, passed through raw: the host's pcscd and vpcd, and a card there.
 
-mod host;
+mod card;
+mod guest;
 
 use std::time::Duration;
 
@@ -8,9 +9,10 @@ use anyhow::{Result, ensure};
 use emulated_card::pcsc::{PcscConfig, PcscSource};
 use emulated_card::tries::KeepTries;
 use pcsc::{Context, Disposition, Protocols, Scope, ShareMode};
+use stack_tests::pcscd::Pcscd;
 use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch};
 
-use self::host::{Pcscd, VirtualCard};
+use self::card::VirtualCard;
 
 const READER: &std::ffi::CStr = c"Virtual PCD 00 00";
 /// For what takes pcscd a look (0.4 s) or us an attempt to reach it (5 s).
@@ -73,13 +75,11 @@ const DONE: &[u8] = &[0x90, 0];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_card_comes_goes_and_is_swapped() -> Result<()> {
-    if !host::is_own("raw::a_card_comes_goes_and_is_swapped").await? {
-        return Ok(());
-    }
+    let Some(pcscd) = Pcscd::inside("raw::a_card_comes_goes_and_is_swapped").await? else { return Ok(()) };
     let source = open(false)?;
     let mut watch = source.presence();
     ensure!(watch.get() == Presence::Absent);
-    let pcscd = Pcscd::start().await?;
+    pcscd.start_daemon().await?;
 
     let card = VirtualCard::insert(t1(b"first").as_bytes()).await?;
     let first = present(&mut watch, &t1(b"first")).await?;
@@ -113,11 +113,11 @@ async fn a_card_comes_goes_and_is_swapped() -> Result<()> {
     let mut powered = source.power_on(third).await?;
     ensure!(ask(&mut powered, QUESTION).await? == [0x63, 0xC3]);
 
-    pcscd.stop().await?;
+    pcscd.stop_daemon().await?;
     absent(&mut watch).await?;
     ensure!(ask(&mut powered, QUESTION).await == Err(CardError::Removed));
     drop(next);
-    let _pcscd = Pcscd::start().await?;
+    pcscd.start_daemon().await?;
     let _card = VirtualCard::insert(t1(b"third").as_bytes()).await?;
     let fourth = present(&mut watch, &t1(b"third")).await?;
     ensure!(fourth > third);
@@ -139,10 +139,8 @@ fn sequence(mine: u8) -> Vec<(Vec<u8>, Vec<u8>)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_host_and_the_guest_share_a_card() -> Result<()> {
-    if !host::is_own("raw::the_host_and_the_guest_share_a_card").await? {
-        return Ok(());
-    }
-    let _pcscd = Pcscd::start().await?;
+    let Some(pcscd) = Pcscd::inside("raw::the_host_and_the_guest_share_a_card").await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
     let virtual_card = VirtualCard::insert(t1(b"shared").as_bytes()).await?;
     let source = open(false)?;
     let insertion = present(&mut source.presence(), &t1(b"shared")).await?;
@@ -188,10 +186,10 @@ async fn the_host_and_the_guest_share_a_card() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_busy_guest_lets_others_have_their_turn() -> Result<()> {
-    if !host::is_own("raw::a_busy_guest_lets_others_have_their_turn").await? {
+    let Some(pcscd) = Pcscd::inside("raw::a_busy_guest_lets_others_have_their_turn").await? else {
         return Ok(());
-    }
-    let _pcscd = Pcscd::start().await?;
+    };
+    pcscd.start_daemon().await?;
     let _card = VirtualCard::insert(t1(b"busy").as_bytes()).await?;
     let source = open(false)?;
     let insertion = present(&mut source.presence(), &t1(b"busy")).await?;
@@ -211,10 +209,8 @@ async fn a_busy_guest_lets_others_have_their_turn() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_verified_ends_with_a_reset_and_no_card_is_reset_for_nothing() -> Result<()> {
     let name = "raw::what_is_verified_ends_with_a_reset_and_no_card_is_reset_for_nothing";
-    if !host::is_own(name).await? {
-        return Ok(());
-    }
-    let _pcscd = Pcscd::start().await?;
+    let Some(pcscd) = Pcscd::inside(name).await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
     let virtual_card = VirtualCard::insert(t1(b"pin").as_bytes()).await?;
     let resets = || virtual_card.seen.lock().expect("no panic").resets;
     let source = open(false)?;
@@ -266,10 +262,8 @@ async fn what_is_verified_ends_with_a_reset_and_no_card_is_reset_for_nothing() -
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_card_can_be_taken_alone() -> Result<()> {
-    if !host::is_own("raw::a_card_can_be_taken_alone").await? {
-        return Ok(());
-    }
-    let _pcscd = Pcscd::start().await?;
+    let Some(pcscd) = Pcscd::inside("raw::a_card_can_be_taken_alone").await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
     let _card = VirtualCard::insert(t1(b"alone").as_bytes()).await?;
     let source = open(true)?;
     let insertion = present(&mut source.presence(), &t1(b"alone")).await?;
@@ -288,10 +282,10 @@ async fn a_card_can_be_taken_alone() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_loop_of_wrong_pins_leaves_a_t0_card_one_try() -> Result<()> {
-    if !host::is_own("raw::a_loop_of_wrong_pins_leaves_a_t0_card_one_try").await? {
+    let Some(pcscd) = Pcscd::inside("raw::a_loop_of_wrong_pins_leaves_a_t0_card_one_try").await? else {
         return Ok(());
-    }
-    let _pcscd = Pcscd::start().await?;
+    };
+    pcscd.start_daemon().await?;
     let atr = Atr::t0(b"old")?;
     let card = VirtualCard::insert(atr.as_bytes()).await?;
     let source = KeepTries::new(open(false)?, 1);

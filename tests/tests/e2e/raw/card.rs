@@ -1,77 +1,15 @@
-//! A host of its own for a scenario: pcscd, Debian's vpcd in it, and cards to put into that.
+//! A card to put into vpcd that tells what it has seen.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use stack_tests::process::Process;
-use tokio::process::Command;
+use anyhow::Result;
 
-/// Set in the process that has a host of its own.
-const OWN_HOST: &str = "STACK_OWN_HOST";
-const DRIVER: &str = "/usr/lib/pcsc/drivers/serial/libifdvpcd.so";
-/// For one scenario.
-const LIMIT: Duration = Duration::from_secs(120);
 /// vpcd's first slot.
 const PORT: u16 = 35_963;
-
-/// Whether this process may start a pcscd. If not, the test of that name is run in one that may, with a network
-/// and a `/run/pcscd` of its own.
-pub(super) async fn is_own(test: &str) -> Result<bool> {
-    if std::env::var_os(OWN_HOST).is_some() {
-        return Ok(true);
-    }
-    ensure!(Path::new(DRIVER).exists(), "{DRIVER} is missing; it is in the package vsmartcard-vpcd");
-    let prepare =
-        "mkdir -p /run/pcscd && mount -t tmpfs tmpfs /run/pcscd && ip link set lo up && exec \"$@\"";
-    // Whatever is left running ends with the process namespace.
-    let namespaces = ["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"];
-    let output = Command::new("unshare")
-        .args(namespaces)
-        .args(["sh", "-c", prepare, "sh"])
-        .arg(std::env::current_exe()?)
-        .args([test, "--exact", "--nocapture"])
-        .env(OWN_HOST, "1")
-        .kill_on_drop(true)
-        .output();
-    let output = tokio::time::timeout(LIMIT, output).await.context("a scenario that does not end")??;
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    ensure!(output.status.success() && said.contains("1 passed"), "{said}");
-    Ok(false)
-}
-
-/// pcscd with two readers, "Virtual PCD 00 00" and "Virtual PCD 00 01".
-pub(super) struct Pcscd {
-    process: Process,
-    _configuration: tempfile::TempDir,
-}
-
-impl Pcscd {
-    pub(super) async fn start() -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let path = directory.path().join("reader.conf");
-        let device = format!("/dev/null:{PORT:#06X}");
-        let configuration = format!(
-            "FRIENDLYNAME \"Virtual PCD\"\nDEVICENAME {device}\nLIBPATH {DRIVER}\nCHANNELID {PORT:#06X}\n"
-        );
-        std::fs::write(&path, configuration)?;
-        let mut command = Command::new("pcscd");
-        command.args(["--foreground", "--info", "--config"]).arg(&path);
-        let process = Process::spawn(command).context("pcscd is in the package pcscd")?;
-        process.line("daemon ready").await?;
-        Ok(Self { process, _configuration: directory })
-    }
-
-    pub(super) async fn stop(mut self) -> Result<()> {
-        self.process.terminate().await?;
-        Ok(())
-    }
-}
 
 /// What a card in the reader has seen, and what state it is in.
 #[derive(Debug, Default)]
