@@ -54,6 +54,7 @@ async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
     let mut second = Process::start("vscclient", vscclient, &environment)?;
     let line = second.line("the token").await?;
     ensure!(second.ended().await?.code() == Some(3), "{line}");
+    println!("{line}");
 
     let guest = guest(place.qemu()).await?;
     let pin = softhsm::PIN;
@@ -152,6 +153,27 @@ impl Circle {
         read_a_secret(&self.guest, PIN, algorithm, &self.public_key("encryption")?).await
     }
 
+    async fn pull_out(&mut self) -> Result<()> {
+        let mark = self.client.mark();
+        let gone = self.guest.ok("guest-pcsc wait-card absent 30");
+        let (gone, ended) = tokio::join!(gone, self.card.terminate());
+        gone.with_context(|| self.client.log())?;
+        ensure!(ended?.success(), "{}", self.card.log());
+        self.client.line_after(mark, "is gone").await.map(drop)
+    }
+
+    async fn put_back(&mut self) -> Result<()> {
+        self.card = Self::insert(&self.pcscd).await?;
+        self.guest.ok("guest-pcsc wait-card present 30").await.with_context(|| self.client.log()).map(drop)
+    }
+
+    /// The guest gets these status words for these commands.
+    async fn answers(&self, commands: &[&str], expected: &[&str]) -> Result<()> {
+        let said = statuses(&self.guest, commands).await?;
+        ensure!(said == expected, "{said:?}, not {expected:?}: {}", self.client.log());
+        Ok(())
+    }
+
     /// The status of the token's PIN, as a program of the host sees it.
     async fn token_status(&self) -> Result<String> {
         let said = self.pcscd.ok(&format!("guest-pcsc transmit {PIN_STATUS}")).await?;
@@ -167,43 +189,36 @@ fn opensc() -> Result<&'static str> {
 }
 
 async fn full_circle(mut circle: Circle, algorithm: Algorithm) -> Result<()> {
-    let guest = &circle.guest;
-    let said = guest.ok("opensc-tool -n").await?;
+    let said = circle.guest.ok("opensc-tool -n").await?;
     ensure!(said.contains("Personal Identity Verification Card"), "{said}");
     circle.all_keys_work(algorithm).await?;
 
     // A wrong PIN is wrong for the token, which counts it; the right one gives the tries back.
-    let said = statuses(guest, &[&verify(WRONG)]).await?;
-    ensure!(said == ["63C2"], "{said:?}");
+    circle.answers(&[&verify(WRONG)], &["63C2"]).await?;
     ensure!(circle.token_status().await? == "63C2");
-    let said = statuses(guest, &[&verify(PIN), PIN_STATUS]).await?;
-    ensure!(said == ["9000", "9000"], "{said:?}");
+    circle.answers(&[&verify(PIN), PIN_STATUS], &["9000", "9000"]).await?;
 
     // Pulled out while its PIN is verified in the guest.
     let forever = format!("{}{}", verify(PIN), format!(" {PIN_STATUS}").repeat(20_000));
-    guest.put("/tmp/verify", format!("guest-pcsc transmit {forever}").as_bytes()).await?;
-    guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
-    guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
-    guest.ok("pidof guest-pcsc").await?;
-    let mark = circle.client.mark();
-    let gone = guest.ok("guest-pcsc wait-card absent 30");
-    let (gone, ended) = tokio::join!(gone, circle.card.terminate());
-    gone.with_context(|| circle.client.log())?;
-    ensure!(ended?.success(), "{}", circle.card.log());
-    circle.client.line_after(mark, "is gone").await?;
-
-    circle.card = Circle::insert(&circle.pcscd).await?;
-    guest.ok("guest-pcsc wait-card present 30").await.with_context(|| circle.client.log())?;
-    let said = statuses(guest, &[PIN_STATUS]).await?;
-    ensure!(said == ["63C3"], "{said:?}");
+    circle.guest.put("/tmp/verify", format!("guest-pcsc transmit {forever}").as_bytes()).await?;
+    circle.guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
+    circle.guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
+    circle.guest.ok("pidof guest-pcsc").await?;
+    circle.pull_out().await?;
+    circle.put_back().await?;
+    circle.answers(&[PIN_STATUS], &["63C3"]).await?;
     circle.all_keys_work(algorithm).await?;
 
-    // The guest's last try is kept, on the token itself.
-    let wrong = verify(WRONG);
-    let said = statuses(guest, &[&wrong, &wrong, &wrong, &verify(PIN)]).await?;
-    ensure!(said == ["63C2", "63C1", "6983", "6983"], "{said:?}");
+    // The guest does not get at the last try of the token, not even when it comes anew, until the right PIN is given
+    // on the host.
+    let (right, wrong) = (verify(PIN), verify(WRONG));
+    circle.answers(&[&wrong, &wrong, &wrong, &right], &["63C2", "63C1", "6983", "6983"]).await?;
+    circle.pull_out().await?;
+    circle.put_back().await?;
+    circle.answers(&[&wrong, &right], &["6983", "6983"]).await?;
     ensure!(circle.token_status().await? == "63C1");
-    Ok(())
+    circle.pcscd.ok(&format!("pkcs11-tool --module {} -O --login --pin {PIN}", opensc()?)).await?;
+    circle.answers(&[&right], &["9000"]).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
