@@ -52,9 +52,8 @@ async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
     let other = place.path("other");
     let vscclient = ["--module", softhsm::MODULE, &format!("unix-listen:{other}")];
     let mut second = Process::start("vscclient", vscclient, &environment)?;
-    let line = second.line("the token").await?;
+    let line = second.line("the token \"test token\" has another card on it").await?;
     ensure!(second.ended().await?.code() == Some(3), "{line}");
-    println!("{line}");
 
     let guest = guest(place.qemu()).await?;
     let pin = softhsm::PIN;
