@@ -201,7 +201,7 @@ impl Shared {
         match &current.claim {
             Some((claimed, claim)) if *claimed == name => Ok(Arc::clone(claim)),
             _ => {
-                let claim = Arc::new(self.directory.claim_token(&name).map_err(TokenError::from)?);
+                let claim = Arc::new(token.claim(&self.directory)?);
                 current.claim = Some((name, Arc::clone(&claim)));
                 Ok(claim)
             }

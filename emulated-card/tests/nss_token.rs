@@ -15,7 +15,7 @@ use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, To
 use emulated_card::keys::{Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use emulated_card::pin::{PinError, ReferenceData};
 use emulated_card::slot;
-use emulated_card::state::{CardId, StateDirectory, StateError};
+use emulated_card::state::{CardId, StateDirectory};
 use emulated_card::token::{TokenCard, TokenCardError};
 use openssl_tool::{make_certificate, openssl, peer, run, verify_ecdsa};
 use tempfile::TempDir;
@@ -308,7 +308,7 @@ fn a_token_is_for_one_card() {
     let Some(host) = in_a_process_with_softhsm("a_token_is_for_one_card") else { return };
     let refused = |token: &Token| {
         let error = TokenStore::open(token, &host.state()).unwrap_err();
-        assert!(matches!(error, TokenError::Claim(StateError::TokenInUse { .. })), "{error}");
+        assert!(matches!(error, TokenError::InUse { .. }), "{error}");
         assert!(error.to_string().contains("card"), "{error}");
     };
     if std::env::var_os(HERE).is_some() {
@@ -395,7 +395,7 @@ async fn a_token_is_a_card() {
 
     let card = card_on(&host, Some("one")).unwrap();
     let error = card_on(&host, Some("one")).unwrap_err();
-    assert!(error.to_string().contains("in use already"), "{error}");
+    assert!(error.to_string().contains("another card on it"), "{error}");
     let serial_number =
         host.tokens().iter().find(|token| token.label() == "two").unwrap().serial_number().to_owned();
     let _second = card_on(&host, Some(&serial_number)).unwrap();

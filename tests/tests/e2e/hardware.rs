@@ -1,13 +1,15 @@
 //! Keys on tokens of the host: hardware mode.
 
+use std::any::Any;
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use stack_tests::guest::{Boot, Guest};
 use stack_tests::openssl::{self, Algorithm};
+use stack_tests::passthru::{Link, Road};
 use stack_tests::pcscd::Pcscd;
-use stack_tests::process::Process;
+use stack_tests::process::{Process, program};
 use stack_tests::reader::{Bus, Place};
 use stack_tests::softhsm::{self, Token};
 
@@ -17,8 +19,8 @@ const WRONG: &str = "314159";
 const MESSAGE: &[u8] = b"signed by a token of the host";
 
 /// A guest whose pcscd has our reader, with a card in it.
-async fn guest(place: &Place) -> Result<Guest> {
-    let guest = Guest::boot(Boot::with(place.qemu())).await?;
+async fn guest(qemu: Vec<String>) -> Result<Guest> {
+    let guest = Guest::boot(Boot::with(qemu)).await?;
     guest.start_pcscd().await?;
     guest.ok("guest-pcsc wait-reader 30").await?;
     guest.ok("guest-pcsc wait-card present 30").await?;
@@ -50,10 +52,10 @@ async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
     let other = place.path("other");
     let vscclient = ["--module", softhsm::MODULE, &format!("unix-listen:{other}")];
     let mut second = Process::start("vscclient", vscclient, &environment)?;
-    let line = second.line("the token").await?;
+    let line = second.line("the token \"test token\" has another card on it").await?;
     ensure!(second.ended().await?.code() == Some(3), "{line}");
 
-    let guest = guest(&place).await?;
+    let guest = guest(place.qemu()).await?;
     let pin = softhsm::PIN;
     let objects = guest.ok(&format!("pkcs11-tool -O --login --pin {pin}")).await?;
     for kind in ["Certificate Object", "Private Key Object"] {
@@ -82,40 +84,52 @@ async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
     Ok(())
 }
 
+const PIN: &str = "271828";
+
 /// Our card as a token: in a reader of the host, and from there through OpenSC and NSS into the guest.
 struct Circle {
     pcscd: Pcscd,
     card: Process,
-    place: Place,
     client: Process,
+    guest: Guest,
+    /// Where the sockets are.
+    _sockets: Box<dyn Any>,
 }
 
-const PIN: &str = "271828";
-
 impl Circle {
-    async fn start(algorithm: &str) -> Result<Self> {
-        let (pcscd, place) = (Pcscd::start().await?, Place::new(Bus::Xhci)?);
+    /// In our reader; the token is there from the start.
+    async fn in_our_reader(algorithm: &str) -> Result<Self> {
+        let (pcscd, place) = (Self::host(algorithm).await?, Place::new(Bus::Xhci)?);
+        let card = Self::insert(&pcscd).await?;
+        let option = format!("host,module={}", opensc()?);
+        let client =
+            pcscd.start_program("ccid-device", ["--reader", &place.reader(""), "--card", &option])?;
+        client.line("ready").await?;
+        let guest = guest(place.qemu()).await.with_context(|| client.log())?;
+        Ok(Self { pcscd, card, client, guest, _sockets: Box::new(place) })
+    }
+
+    /// In QEMU's reader; the token comes later.
+    async fn in_the_reader_of_qemu(algorithm: &str) -> Result<Self> {
+        let (pcscd, link) = (Self::host(algorithm).await?, Link::new(Road::Unix)?);
+        let client = pcscd.start_program("vscclient", ["--module", opensc()?, &link.endpoint()])?;
+        client.line("trying again").await?;
+        let card = Self::insert(&pcscd).await?;
+        let guest = guest(link.qemu()).await.with_context(|| client.log())?;
+        Ok(Self { pcscd, card, client, guest, _sockets: Box::new(link) })
+    }
+
+    /// A host with a new card of ours, not in a reader yet.
+    async fn host(algorithm: &str) -> Result<Pcscd> {
+        let pcscd = Pcscd::start().await?;
         std::fs::write(pcscd.path("pin"), PIN)?;
         pcscd.ok("chmod 600 pin").await?;
-        let mut new_card = pcscd.command(stack_tests::process::program("vscclient")?);
-        new_card.args([
-            "new-card",
-            "token",
-            "--name",
-            "Jane Doe",
-            "--pin-file",
-            "pin",
-            "--algorithm",
-            algorithm,
-        ]);
+        let mut new_card = pcscd.command(program("vscclient")?);
+        new_card.args(["new-card", "token", "--name", "Jane Doe", "--pin-file", "pin"]);
+        new_card.args(["--algorithm", algorithm]);
         let made = pcscd.run(new_card).await?;
         ensure!(made.status.success(), "{}", made.text);
-        let card = Self::insert(&pcscd).await?;
-        let card_option = format!("host,module={}", opensc()?);
-        let args = ["--reader", &place.reader(""), "--card", &card_option];
-        let daemon = pcscd.start_program("ccid-device", args)?;
-        daemon.line("ready").await?;
-        Ok(Self { pcscd, card, place, client: daemon })
+        Ok(pcscd)
     }
 
     async fn insert(pcscd: &Pcscd) -> Result<Process> {
@@ -125,17 +139,38 @@ impl Circle {
     }
 
     /// The public key of one of the card's certificates.
-    fn public_key(&self, name: &str) -> Result<std::path::PathBuf> {
+    fn public_key(&self, name: &str) -> Result<PathBuf> {
         openssl::public_key(&self.pcscd.path("token").join(format!("{name}.pem")))
     }
 
     /// The signature key wants the PIN just before each signature.
-    async fn all_keys_work(&self, guest: &Guest, algorithm: Algorithm) -> Result<()> {
+    async fn all_keys_work(&self, algorithm: Algorithm) -> Result<()> {
         for (id, name) in [("01", "authentication"), ("02", "signature"), ("04", "card-authentication")] {
-            let signed = signs(guest, (PIN, id), algorithm, &self.public_key(name)?).await;
+            let signed = signs(&self.guest, (PIN, id), algorithm, &self.public_key(name)?).await;
             signed.with_context(|| format!("key {id}: {}", self.client.log()))?;
         }
-        read_a_secret(guest, PIN, algorithm, &self.public_key("encryption")?).await
+        read_a_secret(&self.guest, PIN, algorithm, &self.public_key("encryption")?).await
+    }
+
+    async fn pull_out(&mut self) -> Result<()> {
+        let mark = self.client.mark();
+        let gone = self.guest.ok("guest-pcsc wait-card absent 30");
+        let (gone, ended) = tokio::join!(gone, self.card.terminate());
+        gone.with_context(|| self.client.log())?;
+        ensure!(ended?.success(), "{}", self.card.log());
+        self.client.line_after(mark, "is gone").await.map(drop)
+    }
+
+    async fn put_back(&mut self) -> Result<()> {
+        self.card = Self::insert(&self.pcscd).await?;
+        self.guest.ok("guest-pcsc wait-card present 30").await.with_context(|| self.client.log()).map(drop)
+    }
+
+    /// The guest gets these status words for these commands.
+    async fn answers(&self, commands: &[&str], expected: &[&str]) -> Result<()> {
+        let said = statuses(&self.guest, commands).await?;
+        ensure!(said == expected, "{said:?}, not {expected:?}: {}", self.client.log());
+        Ok(())
     }
 
     /// The status of the token's PIN, as a program of the host sees it.
@@ -152,53 +187,50 @@ fn opensc() -> Result<&'static str> {
     Ok(path)
 }
 
-async fn full_circle(algorithm: Algorithm, name: &str) -> Result<()> {
-    let mut circle = Circle::start(name).await?;
-    let guest = guest(&circle.place).await?;
-    let said = guest.ok("opensc-tool -n").await?;
+async fn full_circle(mut circle: Circle, algorithm: Algorithm) -> Result<()> {
+    let said = circle.guest.ok("opensc-tool -n").await?;
     ensure!(said.contains("Personal Identity Verification Card"), "{said}");
-    circle.all_keys_work(&guest, algorithm).await.with_context(|| circle.client.log())?;
+    circle.all_keys_work(algorithm).await?;
 
     // A wrong PIN is wrong for the token, which counts it; the right one gives the tries back.
-    let said = statuses(&guest, &[&verify(WRONG)]).await?;
-    ensure!(said == ["63C2"], "{said:?}");
+    circle.answers(&[&verify(WRONG)], &["63C2"]).await?;
     ensure!(circle.token_status().await? == "63C2");
-    let said = statuses(&guest, &[&verify(PIN), PIN_STATUS]).await?;
-    ensure!(said == ["9000", "9000"], "{said:?}");
+    circle.answers(&[&verify(PIN), PIN_STATUS], &["9000", "9000"]).await?;
 
     // Pulled out while its PIN is verified in the guest.
     let forever = format!("{}{}", verify(PIN), format!(" {PIN_STATUS}").repeat(20_000));
-    guest.put("/tmp/verify", format!("guest-pcsc transmit {forever}").as_bytes()).await?;
-    guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
-    guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
-    guest.ok("pidof guest-pcsc").await?;
-    let mark = circle.client.mark();
-    let gone = guest.ok("guest-pcsc wait-card absent 30");
-    let (gone, ended) = tokio::join!(gone, circle.card.terminate());
-    gone.with_context(|| circle.client.log())?;
-    ensure!(ended?.success(), "{}", circle.card.log());
-    circle.client.line_after(mark, "is gone").await?;
+    circle.guest.put("/tmp/verify", format!("guest-pcsc transmit {forever}").as_bytes()).await?;
+    circle.guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
+    circle.guest.ok("while ! grep -q 9000 /tmp/verified; do usleep 20000; done").await?;
+    circle.guest.ok("pidof guest-pcsc").await?;
+    circle.pull_out().await?;
+    circle.put_back().await?;
+    circle.answers(&[PIN_STATUS], &["63C3"]).await?;
+    circle.all_keys_work(algorithm).await?;
 
-    circle.card = Circle::insert(&circle.pcscd).await?;
-    guest.ok("guest-pcsc wait-card present 30").await.with_context(|| circle.client.log())?;
-    let said = statuses(&guest, &[PIN_STATUS]).await?;
-    ensure!(said == ["63C3"], "{said:?}");
-    circle.all_keys_work(&guest, algorithm).await.with_context(|| circle.client.log())?;
-
-    // The guest's last try is kept, on the token itself.
-    let wrong = verify(WRONG);
-    let said = statuses(&guest, &[&wrong, &wrong, &wrong, &verify(PIN)]).await?;
-    ensure!(said == ["63C2", "63C1", "6983", "6983"], "{said:?}");
+    // The guest does not get at the last try of the token, not even when it comes anew, until the right PIN is given
+    // on the host.
+    let (right, wrong) = (verify(PIN), verify(WRONG));
+    circle.answers(&[&wrong, &wrong, &wrong, &right], &["63C2", "63C1", "6983", "6983"]).await?;
+    circle.pull_out().await?;
+    circle.put_back().await?;
+    circle.answers(&[&wrong, &right], &["6983", "6983"]).await?;
     ensure!(circle.token_status().await? == "63C1");
-    Ok(())
+    circle.pcscd.ok(&format!("pkcs11-tool --module {} -O --login --pin {PIN}", opensc()?)).await?;
+    circle.answers(&[&right], &["9000"]).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn our_rsa_card_as_a_token() -> Result<()> {
-    full_circle(Algorithm::Rsa, "rsa2048").await
+    full_circle(Circle::in_our_reader("rsa2048").await?, Algorithm::Rsa).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn our_p256_card_as_a_token() -> Result<()> {
-    full_circle(Algorithm::P256, "p256").await
+    full_circle(Circle::in_our_reader("p256").await?, Algorithm::P256).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn our_p384_card_as_a_token_behind_the_reader_of_qemu() -> Result<()> {
+    full_circle(Circle::in_the_reader_of_qemu("p384").await?, Algorithm::P384).await
 }

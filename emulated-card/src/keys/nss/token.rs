@@ -32,9 +32,15 @@ const MAX_CERTIFICATE: usize = 0x8000;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TokenError {
-    /// It is another card's already, or that cannot be known.
+    /// It is another card's already, of this process or another.
+    #[error("the token {label:?} has another card on it already; it can be one card at a time")]
+    InUse {
+        /// What it calls itself.
+        label: String,
+    },
+    /// Whether it is another card's cannot be known.
     #[error(transparent)]
-    Claim(#[from] StateError),
+    Claim(StateError),
     /// It gives no objects.
     #[error("the token {label:?} cannot be read: {reason}")]
     Refused {
@@ -82,7 +88,7 @@ impl TokenStore {
     /// # Errors
     /// [`TokenError`], which names the token.
     pub fn open(token: &Token, directory: &StateDirectory) -> Result<Self, TokenError> {
-        Self::open_claimed(token, Arc::new(directory.claim_token(&token.name())?))
+        Self::open_claimed(token, Arc::new(token.claim(directory)?))
     }
 
     /// As [`open`](Self::open), for whoever has claimed the token by its [`name`](Token::name).
@@ -110,6 +116,16 @@ impl TokenStore {
     /// The token.
     pub fn token(&self) -> &Token {
         &self.token
+    }
+}
+
+impl Token {
+    /// Keeps other cards from it.
+    pub(crate) fn claim(&self, directory: &StateDirectory) -> Result<TokenClaim, TokenError> {
+        directory.claim_token(&self.name()).map_err(|error| match error {
+            StateError::TokenInUse { .. } => TokenError::InUse { label: self.label().to_owned() },
+            error => TokenError::Claim(error),
+        })
     }
 }
 
