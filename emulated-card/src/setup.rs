@@ -158,6 +158,9 @@ pub enum SetupError {
     /// The state on disk is not usable, or the card is open elsewhere.
     #[error(transparent)]
     State(#[from] StateError),
+    /// A card with its state in a directory of its own is open elsewhere.
+    #[error("this card is in use already, by another process; new-card makes another one")]
+    DirectoryInUse,
     /// The certificates do not make a card.
     #[error(transparent)]
     Card(#[from] CardBuildError),
@@ -284,7 +287,11 @@ impl CardSetup {
         let Opened { store, place } = self.open_store()?;
         let id = CardId::derive(store.certificates(), &self.card_name);
         let directory = self.state_directory()?;
-        let claim = directory.claim(&place, &id)?;
+        let claim = directory.claim(&place, &id).map_err(|error| match error {
+            // Its place is no path that the user knows, and it has no other name.
+            StateError::InUse { .. } if self.state.is_some() => SetupError::DirectoryInUse,
+            error => error.into(),
+        })?;
         let reference = self.reference_data(&*store, &place, &directory, &claim)?;
         // Known now rather than when the user wonders why no PIN is right.
         match reference.tries_left() {
@@ -461,6 +468,9 @@ impl CardSetup {
             }
             _ => Ok(Secret::default()),
         };
+        if self.no_pin && self.puk_file.is_some() {
+            return Err(SetupError::PukUnused(prefix));
+        }
         if self.no_pin {
             let password = password(&format!("{prefix}no-pin"))?;
             tracing::warn!(
