@@ -1149,7 +1149,7 @@ fn card() -> Vec<Seed> {
         (
             "cac-unverified",
             vec![
-                CAC.into(),
+                OWN_CAC.into(),
                 pki.clone(),
                 apdu(&[&[0x00, 0x42, 0x00, 0x00, 128], &[5; 128][..], &[0x00]].concat()),
             ],

@@ -543,6 +543,7 @@ impl Unlocked for Login {
     }
 
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
+        assert_eq!(point[0], 0x04, "a point that is not written in full");
         self.operate(index, point, &[1 + 2 * self.kinds[index].block_len()], 1).map(Secret::new)
     }
 }

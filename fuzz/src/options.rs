@@ -69,8 +69,12 @@ fn pem(text: &str) {
     let Ok(source) = PemSource::pem_option(text) else { return };
     let PemSource::Pem { certificate, key } = &source else { panic!("{source:?}") };
     let doubled = |path: &Path| path.to_string_lossy().replace(',', ",,");
-    let again = format!("{},{}", doubled(certificate), doubled(key));
-    assert_eq!(PemSource::pem_option(&again).expect("two files"), source);
+    let mut again = doubled(certificate);
+    // A name that begins with a comma can only be that of both.
+    if key != certificate {
+        again = format!("{again},{}", doubled(key));
+    }
+    assert_eq!(PemSource::pem_option(&again).expect("one file or two"), source);
 }
 
 fn check_card(card: &CardSpec) {
