@@ -292,9 +292,13 @@ async fn a_card_that_a_program_has_alone_is_waited_for() -> Result<()> {
     let other = program(ShareMode::Exclusive)?;
     let host = Host::new()?;
     let passed = pcscd.start_program("vscclient", ["--pcsc", "Virtual", &host.endpoint()])?;
-    passed.line("the card is in use by another program").await?;
-    leave(other, Disposition::LeaveCard)?;
-    let mut peer = host.card().await?;
+    let released = async {
+        passed.line("the card is in use by another program").await?;
+        leave(other, Disposition::LeaveCard)
+    };
+    let (peer, released) = tokio::join!(host.card(), released);
+    released?;
+    let mut peer = peer?;
     ensure!(peer.transmit(QUESTION).await? == [0x63, 0xC3]);
     ensure!(!passed.log().contains("ERROR"), "{}", passed.log());
     Ok(())

@@ -131,9 +131,7 @@ impl Bench {
         let status = self.guest.ok("guest-pcsc wait-card present 30").await?;
         let events = status.split_once("events=").and_then(|(_, rest)| rest.split(' ').next());
         let events = events.with_context(|| status.clone())?;
-        // As it does when it leaves.
-        let said = self.pcscd.ok(&format!("guest-pcsc transmit {QUESTION}")).await?;
-        ensure!(statuses(&said) == ["63C3"], "{said}");
+        self.pcscd.ok("guest-pcsc reset").await?;
         // Only who uses the card learns of it.
         self.guest.run(&format!("guest-pcsc transmit {QUESTION}")).await?;
         self.guest.ok(&format!("guest-pcsc wait-card changed 30 0 {events}")).await?;
@@ -146,10 +144,10 @@ impl Bench {
         let message = b"signed by the guest and by the host";
         self.guest.put("/tmp/message", message).await?;
         write(self.pcscd.path("message"), message)?;
+        // One side's session begins and ends with a reset; who has logged in just before does so again.
         let script = |tool: &str| {
-            format!(
-                "for round in $(seq {count}); do {tool} {SIGN} signature-$round --pin {PIN} || exit 1; done"
-            )
+            let sign = format!("{tool} {SIGN} signature-$round --pin {PIN}");
+            format!("for round in $(seq {count}); do {sign} || {sign} || exit 1; done")
         };
         let mut host = self.pcscd.command("sh");
         host.arg("-c").arg(script(&format!("pkcs11-tool --module {}", module()?)));
@@ -191,7 +189,11 @@ async fn a_piv_card_in_the_guest(way: Way) -> Result<()> {
     bench.used_in_the_guest().await?;
 
     bench.used_by_both(8).await?;
-    bench.reset_by_the_host().await
+    if let Way::Passthru(_) = way {
+        // Over usbredir the guest powers a card down that nobody uses: there is nothing to lose.
+        bench.reset_by_the_host().await?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -273,6 +275,7 @@ async fn what_is_not_there_yet_is_awaited() -> Result<()> {
     let mut passed = way.start(&pcscd, &[])?;
     passed.line("the PC/SC service (pcscd) cannot be used").await?;
     let mut other = pcscd.start_program("vscclient", ["--pcsc", "Gemalto", "unix-listen:other"])?;
+    other.line("the PC/SC service (pcscd) cannot be used").await?;
     pcscd.start_daemon().await?;
     passed.line("reader Virtual PCD 00 00").await?;
     other.line("no reader is called \"Gemalto\"; there are: Virtual PCD 00 00, Virtual PCD 00 01").await?;
