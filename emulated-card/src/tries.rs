@@ -16,7 +16,8 @@ const UNTOLD: u8 = 3;
 /// goes to the card, the card is asked with an empty VERIFY how many tries are left (63CX); if these are no more
 /// than are to be kept, the command is answered 6983 here. What a card does not tell that way (the tries of a
 /// PUK, of a PIN that is verified) is counted: it is taken to be three, then what the card said of the last
-/// failure, and is not taken to be more after a success.
+/// failure, and is not taken to be more after a success. The exception is a PIN that was not verified when last asked
+/// about and now is: whoever verified it, a program that shares the card for instance, gave it all its tries back, three at least.
 ///
 /// What would hide the comparison is refused: secure messaging (6882), chaining (6884, and 6883 while a chain of
 /// another command is open), forms of VERIFY that are neither a comparison nor a question (6700), and ENVELOPE
@@ -32,10 +33,18 @@ pub struct KeepTries<S> {
 /// ends with another kind of card.
 struct Counted {
     atr: Option<Atr>,
-    /// Tries left by P2, of those references that have told them.
-    told: [Option<u8>; 256],
+    /// By P2, of those references that have told them.
+    told: [Option<Told>; 256],
     /// Of all the others together.
     untold: u8,
+}
+
+/// The tries of a reference.
+#[derive(Clone, Copy)]
+struct Told {
+    left: u8,
+    /// It was not verified when last asked about.
+    unverified: bool,
 }
 
 impl Default for Counted {
@@ -153,23 +162,30 @@ enum Counter {
 impl Counted {
     fn left(&mut self, counter: Counter) -> &mut u8 {
         match counter {
-            Counter::Told(reference) => self.told[usize::from(reference)].get_or_insert(UNTOLD),
+            Counter::Told(reference) => {
+                let told = Told { left: UNTOLD, unverified: false };
+                &mut self.told[usize::from(reference)].get_or_insert(told).left
+            }
             Counter::Untold => &mut self.untold,
         }
     }
 
     /// Takes in what the card says of a reference, and tells which counter is its.
     fn ask(&mut self, reference: u8, answer: StatusWord) -> Counter {
-        match tries(answer) {
-            Some(left) => {
-                self.told[usize::from(reference)] = Some(left);
+        let told = &mut self.told[usize::from(reference)];
+        match (tries(answer), told.as_mut()) {
+            (Some(left), _) => {
+                *told = Some(Told { left, unverified: true });
                 Counter::Told(reference)
             }
-            // A verified PIN tells no number; what it told last still holds.
-            None if answer == StatusWord::SUCCESS && self.told[usize::from(reference)].is_some() => {
+            // A verified PIN tells no number.
+            (None, Some(told)) if answer == StatusWord::SUCCESS => {
+                if std::mem::replace(&mut told.unverified, false) {
+                    told.left = told.left.max(UNTOLD);
+                }
                 Counter::Told(reference)
             }
-            None => Counter::Untold,
+            (None, _) => Counter::Untold,
         }
     }
 }

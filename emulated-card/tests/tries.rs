@@ -183,6 +183,30 @@ async fn a_loop_of_wrong_pins_leaves_one_try() {
 }
 
 #[tokio::test]
+async fn another_program_gives_a_guest_its_tries_back() {
+    // A card whose PIN stays verified is tried no more often for that.
+    for (stays, expected) in [(false, [0x63C2, 0x63C1, 0x6983]), (true, [0x63C2, 0x63C1, 0x6983])] {
+        let cards = Cards::new(true, stays);
+        let mut card = source(&cards, 1).power_on(1).await.unwrap();
+        for _ in 0..2 {
+            for expected in expected {
+                assert_eq!(status(&mut card, [0, 0x20, 0, 0x80], WRONG).await, expected);
+            }
+            // Right, in the same session with the card.
+            assert_eq!(cards.lock().unwrap().try_pin(PIN), StatusWord::SUCCESS);
+            if stays {
+                break;
+            }
+        }
+        assert_eq!(status(&mut card, [0, 0x20, 0, 0x80], PIN).await, 0x9000);
+        for expected in expected {
+            assert_eq!(status(&mut card, [0, 0x20, 0, 0x80], WRONG).await, expected);
+        }
+        assert_eq!(cards.lock().unwrap().pin, 1);
+    }
+}
+
+#[tokio::test]
 async fn keeping_none_changes_nothing() {
     let cards = Cards::new(true, false);
     let mut card = source(&cards, 0).power_on(1).await.unwrap();

@@ -2,16 +2,18 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream, Wire};
 use vscard_protocol::client::{Client, ClientConfig, CloseReason, Input, Notice, Output, Token};
-use vscard_protocol::{Atr, CardError, CardSource, Command, Presence, PresenceWatch, Response, T0};
+use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Presence, PresenceWatch, Response, T0};
 
 /// Bytes that may wait for a host that does not read.
 const MOST_UNSENT: usize = 64 * 1024;
+/// Between attempts to power a card that is in use.
+const BUSY: Duration = Duration::from_secs(1);
 /// Warnings about one connection.
 const MOST_WARNINGS: u32 = 64;
 
@@ -300,6 +302,23 @@ impl Connection {
     }
 }
 
+/// The host does not ask again, so a card that another program has to itself is waited for. Nothing tells when that
+/// program is done.
+async fn power_on_to_show(source: &dyn CardSource, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+    let mut told = false;
+    loop {
+        match source.power_on(insertion).await {
+            Err(CardError::Busy) => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!("the card is in use by another program or session; waiting for it");
+                }
+                tokio::time::sleep(BUSY).await;
+            }
+            card => return card,
+        }
+    }
+}
+
 /// Powers a card and gives it commands, one after the other. At most the client's bound of them can wait.
 async fn serve(
     source: Arc<dyn CardSource>,
@@ -309,7 +328,10 @@ async fn serve(
     session: u64,
     events: mpsc::Sender<Event>,
 ) {
-    let card = source.power_on(insertion).await;
+    let card = match asked {
+        Some(_) => source.power_on(insertion).await,
+        None => power_on_to_show(&*source, insertion).await,
+    };
     let atr = card.as_ref().ok().map(|card| card.atr().clone());
     if let Err(error) = &card {
         // After a removal the next look at the presence shows what became of it.

@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use emulated_card::pcsc::{PcscConfig, PcscSource};
 use emulated_card::tries::KeepTries;
 use pcsc::{Context, Disposition, Protocols, Scope, ShareMode};
+use stack_tests::host::Host;
 use stack_tests::pcscd::Pcscd;
 use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch};
 
@@ -277,6 +278,29 @@ async fn a_card_can_be_taken_alone() -> Result<()> {
     drop(powered);
     let mut powered = source.power_on(insertion).await?;
     ensure!(ask(&mut powered, QUESTION).await? == [0x63, 0xC3]);
+    Ok(())
+}
+
+/// A host such as QEMU, which does not power the card itself, gets it when the program is done with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_card_that_a_program_has_alone_is_waited_for() -> Result<()> {
+    let test = "raw::a_card_that_a_program_has_alone_is_waited_for";
+    let Some(pcscd) = Pcscd::inside(test).await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
+    let _card = VirtualCard::insert(t1(b"taken").as_bytes()).await?;
+    pcscd.card_in(0).await?;
+    let other = program(ShareMode::Exclusive)?;
+    let host = Host::new()?;
+    let passed = pcscd.start_program("vscclient", ["--pcsc", "Virtual", &host.endpoint()])?;
+    let released = async {
+        passed.line("the card is in use by another program").await?;
+        leave(other, Disposition::LeaveCard)
+    };
+    let (peer, released) = tokio::join!(host.card(), released);
+    released?;
+    let mut peer = peer?;
+    ensure!(peer.transmit(QUESTION).await? == [0x63, 0xC3]);
+    ensure!(!passed.log().contains("ERROR"), "{}", passed.log());
     Ok(())
 }
 

@@ -126,15 +126,28 @@ impl Bench {
         self.verified(message, &self.guest.get("/tmp/signature").await?).await
     }
 
+    /// A program of the host resets the card. For the guest it is another insertion.
+    async fn reset_by_the_host(&self) -> Result<()> {
+        let status = self.guest.ok("guest-pcsc wait-card present 30").await?;
+        let events = status.split_once("events=").and_then(|(_, rest)| rest.split(' ').next());
+        let events = events.with_context(|| status.clone())?;
+        self.pcscd.ok("guest-pcsc reset").await?;
+        // Only who uses the card learns of it.
+        self.guest.run(&format!("guest-pcsc transmit {QUESTION}")).await?;
+        self.guest.ok(&format!("guest-pcsc wait-card changed 30 0 {events}")).await?;
+        self.comes().await?;
+        self.used_in_the_guest().await
+    }
+
     /// A program of the host and one of the guest, both at once, until both have signed `count` times.
     async fn used_by_both(&self, count: u32) -> Result<()> {
         let message = b"signed by the guest and by the host";
         self.guest.put("/tmp/message", message).await?;
         write(self.pcscd.path("message"), message)?;
+        // One side's session begins and ends with a reset; who has logged in just before does so again.
         let script = |tool: &str| {
-            format!(
-                "for round in $(seq {count}); do {tool} {SIGN} signature-$round --pin {PIN} || exit 1; done"
-            )
+            let sign = format!("{tool} {SIGN} signature-$round --pin {PIN}");
+            format!("for round in $(seq {count}); do {sign} || {sign} || exit 1; done")
         };
         let mut host = self.pcscd.command("sh");
         host.arg("-c").arg(script(&format!("pkcs11-tool --module {}", module()?)));
@@ -175,7 +188,12 @@ async fn a_piv_card_in_the_guest(way: Way) -> Result<()> {
     bench.comes().await?;
     bench.used_in_the_guest().await?;
 
-    bench.used_by_both(8).await
+    bench.used_by_both(8).await?;
+    if let Way::Passthru(_) = way {
+        // Over usbredir the guest powers a card down that nobody uses: there is nothing to lose.
+        bench.reset_by_the_host().await?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,9 +226,10 @@ async fn the_last_try_is_kept(way: Way) -> Result<()> {
     let said = bench.guest.run(&format!("pkcs11-tool -O --login --pin {PIN}")).await?;
     ensure!(said.text().contains("CKR_PIN_LOCKED"), "{}", said.text());
     // The host has that try, and all are there again.
-    let said = bench.pcscd.ok(&format!("guest-pcsc transmit {QUESTION}")).await?;
-    ensure!(statuses(&said) == ["63C1"], "{said}");
-    bench.pcscd.ok(&format!("pkcs11-tool --module {} -O --login --pin {PIN}", module()?)).await?;
+    let tool = format!("pkcs11-tool --module {}", module()?);
+    let said = bench.pcscd.ok(&format!("{tool} -L")).await?;
+    ensure!(said.contains("final user PIN try"), "{said}");
+    bench.pcscd.ok(&format!("{tool} -O --login --pin {PIN}")).await?;
     bench.used_in_the_guest().await
 }
 
@@ -256,6 +275,7 @@ async fn what_is_not_there_yet_is_awaited() -> Result<()> {
     let mut passed = way.start(&pcscd, &[])?;
     passed.line("the PC/SC service (pcscd) cannot be used").await?;
     let mut other = pcscd.start_program("vscclient", ["--pcsc", "Gemalto", "unix-listen:other"])?;
+    other.line("the PC/SC service (pcscd) cannot be used").await?;
     pcscd.start_daemon().await?;
     passed.line("reader Virtual PCD 00 00").await?;
     other.line("no reader is called \"Gemalto\"; there are: Virtual PCD 00 00, Virtual PCD 00 01").await?;
