@@ -4,7 +4,8 @@
  *   peer nss DATABASE CERTIFICATE            raw RSA with NSS, the key copied to the session
  *   peer nss-token DATABASE CERTIFICATE      the same with the key left in the database, as libcacard uses it
  *
- * The PIN is the first line of standard input. After `ready`, each further line is an operation and a count,
+ * The PIN is the first line of standard input. libcacard says `answered` after its first SELECT, before the PIN is
+ * verified. After `ready`, each further line is an operation and a count,
  * `select 1000` or `sign 100` or (nss only) `sign2 100`: two threads, each with a login of its own. It is answered
  * with the nanoseconds that all of them took, or ends the program with 1.
  */
@@ -106,6 +107,8 @@ static void card_open(const char *database, char **names, int count) {
     memset(verify + 5, 0xFF, 8);
     memcpy(verify + 5, pin, strlen(pin));
     transmit(select_pki, sizeof select_pki, answer, &length, 0x61);
+    printf("answered\n");
+    fflush(stdout);
     transmit(verify, sizeof verify, answer, &length, 0x90);
 }
 

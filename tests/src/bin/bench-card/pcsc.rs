@@ -1,0 +1,206 @@
+//! The way through pcscd and Debian's vpcd, beside pcscd's own round trip, a hop over the loopback, and a card as one
+//! writes it on a first afternoon.
+//!
+//! [`client`] is another process of this program, beside pcscd.
+
+use std::cell::RefCell;
+use std::ffi::CString;
+use std::io::{self, BufRead, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use pcsc::{Card, Context, Protocols, ReaderState, Scope, ShareMode, State};
+use rustix::net::sockopt::set_tcp_quickack;
+use stack_tests::pcscd::Pcscd;
+use tokio::runtime::Handle;
+
+use crate::core::{RawKey, SELECT_PIV};
+use crate::directory::CardDirectory;
+use crate::peer::{Peer, Programs};
+use crate::turns::{Runner, Unit, at_most, interleave, table, timed};
+
+/// About 50 ms a turn.
+const ROUND_TRIPS: u32 = 500;
+/// At 44 ms each.
+const NAIVE: u32 = 8;
+/// So often a new connection's data is acknowledged at once, whoever reads.
+const NAIVE_WARMUP: u32 = 20;
+/// At half a millisecond or more.
+const SIGNATURES: u32 = 200;
+
+/// The second slot's.
+const NAIVE_PORT: u16 = 35_964;
+const NAIVE_ATR: [u8; 4] = [0x3B, 0x80, 0x80, 0x01];
+
+/// Most memory of a process with one card.
+const MOST_KIB: f64 = 12.0 * 1024.0;
+
+pub(crate) fn measure(
+    programs: &Programs,
+    directory: &CardDirectory,
+    runtime: &Handle,
+    rounds: u32,
+) -> Result<()> {
+    let pcscd = runtime.block_on(Pcscd::start())?;
+    let (args, _inside) = ([&"card".into(), &directory.path(), &PathBuf::from("vpcd:")], runtime.enter());
+    let vscclient = pcscd.start_program("vscclient", args)?;
+    runtime.block_on(pcscd.card_in(0)).with_context(|| vscclient.log())?;
+    let before = vscclient.memory_kib("VmRSS:")?;
+    let client = std::env::current_exe()?;
+    let client = RefCell::new(Peer::spawn(pcscd.command(client).arg("pcsc-client").as_std_mut())?);
+    // The naive card takes OpenSC half a minute to be known by, and is none.
+    let config = pcscd.path("opensc.conf");
+    std::fs::write(&config, "app default { ignored_readers = \"Virtual PCD 00 01\"; }\n")?;
+    let mut pkcs11 = pcscd.command(&programs.pkcs11);
+    pkcs11.arg(opensc()?).env("OPENSC_CONF", config);
+    let mut pkcs11 = Peer::spawn(pkcs11.as_std_mut())?;
+    let key = RawKey::open(directory)?;
+
+    let told = |operation: &'static str| {
+        let client = &client;
+        move |count| client.borrow_mut().run(operation, count)
+    };
+    let mut runners = [
+        Runner::new("SCardStatus, which stays in pcscd", ROUND_TRIPS, told("status")),
+        Runner::new("loopback TCP, 2 + 12 bytes and an answer", ROUND_TRIPS, told("hop")),
+        Runner::new("SELECT, naive card", NAIVE, told("naive")),
+        Runner::new("SELECT, our card", ROUND_TRIPS, told("select")),
+        Runner::new("RSA-2048, the key alone (PEM)", ROUND_TRIPS, |count| key.run(count)),
+        Runner::new("C_SignInit and C_Sign, OpenSC with our card", SIGNATURES, |count| pkcs11.run("sign", count)),
+    ];
+    interleave(&mut runners, rounds)?;
+    table("through pcscd and vpcd, µs each", Unit::Micros, &runners);
+    let [status, hop, naive, select, key, sign] = &runners;
+    let floor = status.time() + hop.time();
+    at_most("our SELECT / (SCardStatus + loopback hop)", select.time() / floor, 3.0);
+    println!("{:<70}{:>10.0}", "the naive card's SELECT / the same", naive.time() / floor);
+    println!("{:<70}{:>10.0}", "the naive card's SELECT / our SELECT", naive.time() / select.time());
+    at_most(
+        "signature / (the key alone + 10 of our SELECTs)",
+        sign.time() / (key.time() + 10.0 * select.time()),
+        1.0,
+    );
+    println!();
+
+    let after = vscclient.memory_kib("VmRSS:")?;
+    println!("{:<70}{before:>10}", "resident KiB of vscclient with one card, put in");
+    at_most("resident KiB of the same, PIN verified and used as above", after as f64, MOST_KIB);
+    println!("{:<70}{:>10}", "  at most while the PIN was verified", vscclient.memory_kib("VmHWM:")?);
+    println!();
+    Ok(())
+}
+
+/// OpenSC as a PKCS#11 module.
+fn opensc() -> Result<PathBuf> {
+    std::fs::read_dir("/usr/lib")?
+        .filter_map(|entry| Some(entry.ok()?.path().join("opensc-pkcs11.so")))
+        .find(|path| path.is_file())
+        .context("opensc-pkcs11.so is missing: install the package opensc-pkcs11")
+}
+
+/// A PC/SC client for as long as there is input: `select N` and `status N` with the first reader's card, `naive N` with
+/// the second's, which is its own, and `hop N`. Each line is answered with the nanoseconds that all of them took.
+pub(crate) fn client() -> Result<()> {
+    let naive = TcpStream::connect((Ipv4Addr::LOCALHOST, NAIVE_PORT)).context("vpcd's second slot")?;
+    naive.set_nodelay(true)?;
+    std::thread::spawn(move || serve_naive(naive));
+    let context = Context::establish(Scope::User)?;
+    let names = context.list_readers_owned()?;
+    ensure!(names.len() == 2, "readers: {names:?}");
+    let [ours, naive] = [connect(&context, &names[0])?, connect(&context, &names[1])?];
+    transmit(&naive, NAIVE_WARMUP)?;
+    let mut hop = Hop::open()?;
+    println!("ready");
+    // The PIN, which the others want.
+    for line in io::stdin().lock().lines().skip(1) {
+        let line = line?;
+        let (operation, count) = line.split_once(' ').context("no count")?;
+        let count = count.parse()?;
+        let took = timed(|| match operation {
+            "select" => transmit(&ours, count),
+            "naive" => transmit(&naive, count),
+            "status" => status(&ours, count),
+            "hop" => hop.run(count),
+            _ => bail!("no operation {operation}"),
+        })?;
+        println!("{}", took.as_nanos());
+    }
+    Ok(())
+}
+
+/// To a card that may be on its way in.
+fn connect(context: &Context, name: &CString) -> Result<Card> {
+    let limit = Instant::now() + Duration::from_secs(10);
+    let mut states = [ReaderState::new(name.clone(), State::UNAWARE)];
+    while !states[0].event_state().contains(State::PRESENT) {
+        states[0].sync_current_state();
+        context.get_status_change(limit.checked_duration_since(Instant::now()), &mut states)?;
+    }
+    Ok(context.connect(name, ShareMode::Shared, Protocols::ANY)?)
+}
+
+fn transmit(card: &Card, count: u32) -> Result<()> {
+    let mut buffer = [0; 258];
+    for _ in 0..count {
+        let answer = card.transmit(&SELECT_PIV, &mut buffer)?;
+        ensure!(answer.ends_with(&[0x90, 0x00]), "SELECT is answered {answer:02X?}");
+    }
+    Ok(())
+}
+
+fn status(card: &Card, count: u32) -> Result<()> {
+    let (mut names, mut atr) = ([0; 256], [0; 33]);
+    for _ in 0..count {
+        card.status2(&mut names, &mut atr)?;
+    }
+    Ok(())
+}
+
+/// A connection over the loopback whose far end answers as a card does and acknowledges as ours does.
+struct Hop(TcpStream);
+
+impl Hop {
+    fn open() -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let near = TcpStream::connect(listener.local_addr()?)?;
+        let (mut far, _) = listener.accept()?;
+        std::thread::spawn(move || -> io::Result<()> {
+            loop {
+                far.read_exact(&mut [0; 2])?;
+                set_tcp_quickack(&far, true)?;
+                far.read_exact(&mut [0; 12])?;
+                far.write_all(&[0; 14])?;
+            }
+        });
+        Ok(Self(near))
+    }
+
+    /// In two parts, as vpcd writes, and so without TCP_NODELAY.
+    fn run(&mut self, count: u32) -> Result<()> {
+        for _ in 0..count {
+            self.0.write_all(&[0; 2])?;
+            self.0.write_all(&[0; 12])?;
+            self.0.read_exact(&mut [0; 14])?;
+        }
+        Ok(())
+    }
+}
+
+/// A card that answers 9000 to everything. It sets TCP_NODELAY, as one does, and still waits 40 ms for each APDU:
+/// TCP_QUICKACK is what it lacks.
+fn serve_naive(mut stream: TcpStream) -> io::Result<()> {
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length)?;
+        let mut question = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut question)?;
+        match question[..] {
+            [0x04] => stream.write_all(&[&[0, NAIVE_ATR.len() as u8], &NAIVE_ATR[..]].concat())?,
+            // Power and reset.
+            [_] => {}
+            _ => stream.write_all(&[0, 2, 0x90, 0x00])?,
+        }
+    }
+}
