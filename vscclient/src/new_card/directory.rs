@@ -4,11 +4,13 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
+use clap::ValueEnum;
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::nss::{self, NssDatabase};
 use emulated_card::keys::pem::{self, PemSource, PemStore};
+use emulated_card::keys::writable::ManagementAlgorithm;
 use emulated_card::pin::{SecretFileError, read_secret_file};
-use emulated_card::setup::{CardSetup, Keys, Wanted};
+use emulated_card::setup::{CardSetup, Keys, Wanted, Written};
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -42,6 +44,9 @@ pub(super) struct CardFile {
     /// Or certificates and keys in an NSS database.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) nss: Option<NssFiles>,
+    /// The card management key, of a card that can be written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) admin: Option<AdminFile>,
 }
 
 /// One certificate with its key. All files are in the directory itself.
@@ -61,6 +66,36 @@ pub(super) struct NssFiles {
     pub(super) certificates: Vec<String>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct AdminFile {
+    pub(super) key: String,
+    pub(super) algorithm: AdminAlgorithm,
+}
+
+/// What a card management key encrypts with (SP 800-78-4 table 6-2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum AdminAlgorithm {
+    #[value(name = "3des")]
+    #[serde(rename = "3des")]
+    TripleDes,
+    Aes128,
+    Aes192,
+    Aes256,
+}
+
+impl From<AdminAlgorithm> for ManagementAlgorithm {
+    fn from(algorithm: AdminAlgorithm) -> Self {
+        match algorithm {
+            AdminAlgorithm::TripleDes => Self::TripleDes,
+            AdminAlgorithm::Aes128 => Self::Aes128,
+            AdminAlgorithm::Aes192 => Self::Aes192,
+            AdminAlgorithm::Aes256 => Self::Aes256,
+        }
+    }
+}
+
 /// Why a directory is no card.
 #[derive(Debug, Error)]
 pub(crate) enum CardDirectoryError {
@@ -74,6 +109,10 @@ pub(crate) enum CardDirectoryError {
     Nss(#[from] nss::OpenError),
     #[error(transparent)]
     Password(#[from] SecretFileError),
+    #[error(
+        "{0:?} has no administrator: a card that can be written to is made with new-card --admin-key-file"
+    )]
+    NotWritable(PathBuf),
 }
 
 /// A directory made by `vscclient new-card`. It can be moved and copied: nothing in it names its place.
@@ -119,9 +158,28 @@ impl CardDirectory {
             },
             password_file,
             state: Some((self.state(), CARD_FILE.into())),
+            written: self
+                .card
+                .admin
+                .as_ref()
+                .map(|_| Written { directory: self.written(), management: None }),
             prefix: "--",
             ..CardSetup::default()
         }
+    }
+
+    /// The card, to be opened and written to.
+    pub(crate) fn writable(&self) -> Result<CardSetup, CardDirectoryError> {
+        let Some(AdminFile { key, algorithm }) = &self.card.admin else {
+            return Err(CardDirectoryError::NotWritable(self.path.clone()));
+        };
+        let management = Some((self.path.join(key), (*algorithm).into()));
+        let written = Some(Written { directory: self.written(), management });
+        Ok(CardSetup { written, ..self.setup() })
+    }
+
+    fn written(&self) -> StateDirectory {
+        StateDirectory::at(self.path.join("written"))
     }
 
     fn pem(&self) -> Vec<PemSource> {
@@ -182,9 +240,15 @@ fn parse(text: &str) -> Result<CardFile, String> {
     if card.pem.is_empty() == card.nss.is_none() {
         return Err("needs keys: either [[pem]] sections or one [nss] section".into());
     }
+    if card.admin.is_some() && (card.nss.is_some() || card.profile != Profile::Piv) {
+        return Err(
+            "a card with an [admin] section has the profile \"piv\" and keys in [[pem]] sections".into()
+        );
+    }
     let pem = card.pem.iter().flat_map(|files| [&files.certificate, &files.key]);
     let nss = card.nss.iter().flat_map(|files| [&files.database, &files.password_file]);
-    if let Some(name) = pem.chain(nss).find(|name| !is_file_name(name)) {
+    let admin = card.admin.iter().map(|admin| &admin.key);
+    if let Some(name) = pem.chain(nss).chain(admin).find(|name| !is_file_name(name)) {
         return Err(format!("{name:?} is not the name of a file in this directory"));
     }
     Ok(card)
@@ -231,6 +295,13 @@ mod tests {
             (PEM.replace("a.key", "."), "is not the name of a file"),
             (PEM.replace("a.key", ""), "is not the name of a file"),
             (NSS.replace("nssdb", "a/b"), "is not the name of a file"),
+            (format!("{PEM}[admin]\nkey = \"../k\"\nalgorithm = \"3des\"\n"), "is not the name of a file"),
+            (format!("{PEM}[admin]\nkey = \"k\"\nalgorithm = \"des\"\n"), "line 8"),
+            (
+                format!("{}[admin]\nkey = \"k\"\nalgorithm = \"aes256\"\n", PEM.replace("piv", "dual")),
+                "\"piv\"",
+            ),
+            (format!("{NSS}[admin]\nkey = \"k\"\nalgorithm = \"aes256\"\n"), "\"piv\""),
             (PEM.replace("piv", "openpgp"), "line 2"),
             (format!("{PEM}more = 1\n"), "line 6"),
             (PEM.replace("\"J\"", "\"\""), "1 to 64"),
@@ -247,7 +318,9 @@ mod tests {
         fn what_is_written_is_read_again(name in "[^\\p{Cc}]{1,64}") {
             prop_assume!(!name.trim().is_empty());
             let files = PemFiles { certificate: "a.pem".into(), key: "a.key".into() };
-            let card = CardFile { name, profile: Profile::Dual, pem: vec![files.clone(), files], nss: None };
+            let admin = AdminFile { key: "admin.key".into(), algorithm: AdminAlgorithm::TripleDes };
+            let (pem, admin) = (vec![files.clone(), files], Some(admin));
+            let card = CardFile { name, profile: Profile::Piv, pem, nss: None, admin };
             prop_assert_eq!(parse(&toml::to_string(&card).unwrap()), Ok(card));
         }
 
