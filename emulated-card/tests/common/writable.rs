@@ -10,7 +10,7 @@ use emulated_card::card::{EmulatedCard, Profile};
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::pem::PemSource;
 use emulated_card::keys::writable::ManagementAlgorithm;
-use emulated_card::keys::written::{ManagementKey, WrittenStore};
+use emulated_card::keys::written::{ManagementKey, WrittenError, WrittenStore};
 use emulated_card::pin::ReferenceData;
 use emulated_card::slot::assign;
 use emulated_card::state::StateDirectory;
@@ -25,6 +25,10 @@ pub(crate) const TRIPLE_DES: &str = "0102030405060708010203040506070801020304050
 /// A store in `directory`, made if it is not there: a P-256 key in slot 9A, which asks for nothing but the PIN. `admin`
 /// is what its card management key is for: 00, 01 and so on, but for Triple DES.
 pub(crate) fn store(directory: &Path, admin: Option<&str>) -> Arc<WrittenStore> {
+    try_store(directory, admin).unwrap()
+}
+
+pub(crate) fn try_store(directory: &Path, admin: Option<&str>) -> Result<Arc<WrittenStore>, WrittenError> {
     let file = |name| directory.join(name);
     let (certificate, key) = (file("card.crt"), file("card.key"));
     if !certificate.exists() {
@@ -48,7 +52,7 @@ pub(crate) fn store(directory: &Path, admin: Option<&str>) -> Arc<WrittenStore> 
     });
     let sources = [PemSource::Pem { certificate, key }];
     let written = StateDirectory::at(file("written"));
-    Arc::new(WrittenStore::open(&sources, None, &[], written, management).unwrap())
+    WrittenStore::open(&sources, None, &[], written, management).map(Arc::new)
 }
 
 /// With a PIN of its own.

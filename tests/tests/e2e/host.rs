@@ -128,7 +128,7 @@ fn card(pcscd: &Pcscd, database: &Database, args: &[&str]) -> Result<Process> {
 }
 
 /// OpenSC as a PKCS#11 module.
-fn module() -> Result<String> {
+pub(super) fn module() -> Result<String> {
     let found = std::fs::read_dir("/usr/lib")?
         .filter_map(|entry| Some(entry.ok()?.path().join("opensc-pkcs11.so")))
         .chain([PathBuf::from("/usr/lib/opensc-pkcs11.so")])

@@ -16,3 +16,4 @@ mod remote;
 mod slots;
 mod slow;
 mod state;
+mod writable;
