@@ -16,8 +16,8 @@ const AES: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1
 struct Bench {
     pcscd: Pcscd,
     card: Process,
-    /// As in `piv-tool --admin`: mutual authentication. The other kind does not work in OpenSC 0.23, which gives up
-    /// before it has sent an answer.
+    /// As in `piv-tool --admin`: mutual authentication. At the other kind OpenSC 0.23 gives up before it has sent an
+    /// answer.
     admin: &'static str,
 }
 
@@ -40,28 +40,31 @@ impl Bench {
         Ok(Self { pcscd, card, admin })
     }
 
-    /// piv-tool as the card's administrator: whether it succeeded, and what it said.
+    /// piv-tool as the card's administrator: whether it was taken for that, and what it said. How it ends tells nothing:
+    /// OpenSC 0.23 has the card make a key and then cannot print it (OpenSC issue 3156), and after a certificate its
+    /// exit status is a number of bytes.
     async fn piv_tool(&self, key: &str, args: &str) -> Result<(bool, String)> {
-        let ran = self
-            .pcscd
-            .words(&format!("env PIV_EXT_AUTH_KEY={key} piv-tool --admin {} {args}", self.admin))
-            .await?;
-        // It ends with 0 also when it was refused.
-        let failed = ["failed", "unable", "not supported"].iter().any(|word| ran.text.contains(word));
-        Ok((ran.status.success() && !failed, ran.text))
+        let line = format!("env PIV_EXT_AUTH_KEY={key} piv-tool --admin {} {args}", self.admin);
+        let said = self.pcscd.words(&line).await?.text;
+        Ok((!said.contains("admin_mode failed"), said))
     }
 
-    /// Has a CA certify the public key in a file, and puts that on the card.
-    async fn certify(&self, public_key: &str, slot: &str) -> Result<()> {
-        self.pcscd
-            .ok(&format!(
-                "openssl x509 -new -force_pubkey {public_key} -subj /CN=Renewed -CA card/ca.pem -CAkey card/ca.key \
-                 -extfile usage -days 30 -out renewed.pem"
-            ))
-            .await?;
-        let (good, said) =
-            self.piv_tool("card/admin.key", &format!("--cert {slot} --in renewed.pem")).await?;
+    /// Makes a key in slot 9A, and puts a certificate for it on the card.
+    async fn renew(&self, algorithm: &str) -> Result<()> {
+        let (good, said) = self.piv_tool("card/admin.key", &format!("--genkey 9A:{algorithm}")).await?;
         ensure!(good, "{said}");
+        for line in [
+            "openssl pkey -in card/written/9a.key -pubout -out new.pub",
+            "openssl x509 -new -force_pubkey new.pub -subj /CN=Renewed -CA card/ca.pem -CAkey card/ca.key \
+             -extfile usage -days 30 -out renewed.pem",
+        ] {
+            self.pcscd.ok(line).await?;
+        }
+        let (good, said) = self.piv_tool("card/admin.key", "--cert 9A --in renewed.pem").await?;
+        ensure!(good, "{said}");
+        let read = self.pcscd.ok("pkcs15-tool --read-certificate 01").await?;
+        let renewed = fs::read_to_string(self.pcscd.path("renewed.pem"))?;
+        ensure!(read.contains(renewed.trim()), "{read}");
         Ok(())
     }
 
@@ -89,24 +92,19 @@ async fn piv_tool_makes_a_key_and_puts_its_certificate() -> Result<()> {
     let mut bench = Bench::start("3des", TRIPLE_DES, "M:9B:03").await?;
     let (written, old) = (bench.pcscd.path("card/written"), "old.pub");
     bench.pcscd.ok(&format!("openssl x509 -in card/authentication.pem -pubkey -noout -out {old}")).await?;
-    let (good, said) = bench.piv_tool("wrong", "--genkey 9A:07 --out new.pub").await?;
+    let (good, said) = bench.piv_tool("wrong", "--genkey 9A:07").await?;
     ensure!(!good && !written.exists(), "{said}");
     bench.sign("ECDSA-SHA256", "--signature-format openssl", old).await?;
 
-    let (good, said) = bench.piv_tool("card/admin.key", "--genkey 9A:07 --out new.pub").await?;
-    ensure!(good, "{said}");
-    bench.certify("new.pub", "9A").await?;
+    bench.renew("07").await?;
     bench.sign("SHA256-RSA-PKCS", "", "new.pub").await?;
-    let listed = bench.pcscd.ok("pkcs15-tool --read-certificate 01").await?;
-    let renewed = fs::read_to_string(bench.pcscd.path("renewed.pem"))?;
-    ensure!(listed.contains(renewed.trim()), "{listed}");
 
     // All of it is there the next time; the card is then as it was left, with the same PIN.
     bench.card.terminate().await?;
     bench.pcscd.ok("guest-pcsc wait-card absent 30 0").await?;
     bench.card = bench.pcscd.start_program("vscclient", ["card", "card", "vpcd:"])?;
     bench.pcscd.card_in(0).await?;
-    let (good, said) = bench.piv_tool("card/admin.key", "--genkey 9A:07 --out newer.pub").await?;
+    let (good, said) = bench.piv_tool("card/admin.key", "--genkey 9A:07").await?;
     ensure!(!good, "{said}");
     bench.sign("SHA256-RSA-PKCS", "", "new.pub").await
 }
@@ -114,9 +112,6 @@ async fn piv_tool_makes_a_key_and_puts_its_certificate() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn piv_tool_makes_a_key_on_a_curve_with_aes() -> Result<()> {
     let bench = Bench::start("aes256", AES, "M:9B:0C").await?;
-    // OpenSC 0.23 has the card make the key, and then cannot print it.
-    bench.piv_tool("card/admin.key", "--genkey 9A:14 --out new.pub").await?;
-    bench.pcscd.ok("openssl pkey -in card/written/9a.key -pubout -out new.pub").await?;
-    bench.certify("new.pub", "9A").await?;
+    bench.renew("14").await?;
     bench.sign("ECDSA-SHA256", "--signature-format openssl", "new.pub").await
 }
