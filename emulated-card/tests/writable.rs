@@ -15,9 +15,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Stdio};
 use std::time::Duration;
 
-use emulated_card::card::EmulatedCard;
+use emulated_card::card::{CardBuildError, EmulatedCard, Profile};
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::written::WrittenStore;
+use emulated_card::pin::ReferenceData;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use vscard_protocol::{Command, StatusWord};
@@ -308,6 +309,9 @@ fn a_card_whose_files_are_damaged_or_open_to_others_is_refused() {
     openssl!("genpkey", "-algorithm", "ED25519", "-out", place.path().join("other"));
     refused("82.key", &fs::read(place.path().join("other")).unwrap(), 0o600);
     assert!(writable::try_store(place.path(), None).is_ok());
+    fs::set_permissions(place.path().join("written"), Permissions::from_mode(0o770)).unwrap();
+    let error = writable::try_store(place.path(), None).unwrap_err().to_string();
+    assert!(error.contains("written") && error.contains("by others"), "{error}");
 }
 
 #[test]
@@ -327,6 +331,17 @@ fn what_cannot_be_kept_is_not_written() {
     send(&mut card, VERIFY_PIV);
     let sign = [b"\x00\x87\x11\x9A\x26\x7C\x24\x82\x00\x81\x20", &[0x55; 32][..], b"\x00"].concat();
     assert_eq!(send(&mut card, &sign).status(), StatusWord::SUCCESS);
+}
+
+#[test]
+fn a_card_that_can_be_written_to_is_no_cac() {
+    let place = tempfile::tempdir().unwrap();
+    for profile in [Profile::Cac, Profile::Dual] {
+        let slots = vec![("9a".parse().unwrap(), 0)];
+        let reference = ReferenceData::in_memory(3);
+        let card = common::try_card_of(store(place.path(), None), reference, profile, slots);
+        assert!(matches!(card.map(|_| ()), Err(CardBuildError::WritableCac)));
+    }
 }
 
 // ---- killed

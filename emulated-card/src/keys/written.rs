@@ -22,7 +22,7 @@ use super::writable::{ManagementAlgorithm, NewKey, Writable, WriteError};
 use super::{Certificate, Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use crate::pin::{Access, SecretFileError, read_file, read_secret_file};
 use crate::slot::{PivSlot, SlotError, assign};
-use crate::state::StateDirectory;
+use crate::state::{StateDirectory, StateError};
 
 /// All tags that data objects can have: 5FC1 and a byte up to this (SP 800-73-4 Part 1 table 3).
 const LAST_OBJECT: u8 = 0x23;
@@ -115,6 +115,9 @@ pub enum WrittenError {
     /// The certificates do not go into slots.
     #[error(transparent)]
     Slot(#[from] SlotError),
+    /// The directory is not this user's alone.
+    #[error(transparent)]
+    Directory(#[from] StateError),
 }
 
 /// Certificates and keys from files, and what was written to the card since: the files themselves stay as they are,
@@ -157,19 +160,21 @@ impl WrittenStore {
         }
         slots.extend(PivSlot::all().filter(|slot| !slots.contains(slot)).collect::<Vec<_>>());
         let keys: Vec<_> = keys.into_iter().map(Arc::new).collect();
-        let mut current = Vec::with_capacity(slots.len());
-        for slot in &slots {
-            let made = assigned.iter().find(|(assigned, _)| assigned == slot);
-            current.push(match read_written_key(&directory.path().join(key_file(*slot)))? {
-                Some(key) => Some(Arc::new(key)),
-                None => made.and_then(|(_, index)| keys.get(*index)).cloned(),
-            });
-        }
+        let made = |slot: &PivSlot| assigned.iter().find(|(assigned, _)| assigned == slot);
+        let mut current: Vec<_> =
+            slots.iter().map(|slot| made(slot).and_then(|(_, index)| keys.get(*index)).cloned()).collect();
         let mut objects = BTreeMap::new();
-        for tag in 0..=LAST_OBJECT {
-            let path = directory.path().join(object_file(tag));
-            if let Some(content) = read_if_there(&path)? {
-                objects.insert(tag, content.to_vec());
+        if directory.exists()? {
+            for (slot, place) in slots.iter().zip(&mut current) {
+                if let Some(key) = read_written_key(&directory.path().join(key_file(*slot)))? {
+                    *place = Some(Arc::new(key));
+                }
+            }
+            for tag in 0..=LAST_OBJECT {
+                let path = directory.path().join(object_file(tag));
+                if let Some(content) = read_if_there(&path)? {
+                    objects.insert(tag, content.to_vec());
+                }
             }
         }
         Ok(Self {

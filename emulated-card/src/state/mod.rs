@@ -162,6 +162,12 @@ impl StateDirectory {
         &self.path
     }
 
+    /// Whether it is there; it is this user's alone then.
+    #[cfg(feature = "pem")]
+    pub(crate) fn exists(&self) -> Result<bool, StateError> {
+        Ok(self.open()?.is_some())
+    }
+
     /// Replaces a file, which is then this user's alone, as a whole: it is the old one or the new one whenever the
     /// process dies. One writer at a time.
     #[cfg(feature = "pem")]
