@@ -37,6 +37,9 @@
 //!   selected, and survives SELECT.
 //! * PIV's rule that the signature key wants the PIN before each use (SP 800-73-4 Part 1 §3.1.3) is PIV's alone: on
 //!   a dual card the same key is in a CAC container, which has no such rule.
+//! * A card whose store is [writable](crate::keys::writable) is a PIV card only. Its administrator, who knows the card
+//!   management key (9B), may write data objects and generate keys: after an authentication whose challenge is good
+//!   for the very next command, until the card is reset or [`EmulatedCard::logout`].
 
 mod job;
 
@@ -164,6 +167,9 @@ pub enum CardBuildError {
         /// The name it was asked for by.
         name: String,
     },
+    /// A card that can be written to is to show itself as a CAC.
+    #[error("a card that can be written to is a PIV card only")]
+    WritableCac,
     /// The answer to reset is wrong.
     #[error(transparent)]
     Atr(#[from] AtrError),
@@ -198,6 +204,8 @@ struct Volatile {
     gathered: Secret,
     /// Response data not read yet, and how much of it was.
     unread: Option<(Secret, usize)>,
+    /// Who may write to the card.
+    administrator: piv::Administrator,
     running: Option<Running>,
 }
 
@@ -251,6 +259,10 @@ impl EmulatedCard {
         if slots.is_empty() {
             return Err(CardBuildError::NoCertificates);
         }
+        let memory = store.writable();
+        if memory.is_some() && profile.is_cac() {
+            return Err(CardBuildError::WritableCac);
+        }
         let mut applets: Vec<Box<dyn Applet>> = Vec::new();
         for (position, (slot, index)) in slots.iter().enumerate() {
             if slots[..position].iter().any(|(taken, _)| taken == slot) {
@@ -261,7 +273,8 @@ impl EmulatedCard {
             }
         }
         if profile != Profile::Cac {
-            applets.push(Box::new(piv::Piv::new(certificates, &slots, &id)?));
+            let writable = memory.is_some_and(|memory| memory.management().is_some());
+            applets.push(Box::new(piv::Piv::new(certificates, &slots, &id, writable)?));
         }
         let mut containers = cac::containers(certificates, &slots);
         match profile {
@@ -317,8 +330,14 @@ impl EmulatedCard {
         self.piv().is_some_and(|index| self.volatile.selected == Some(index))
     }
 
-    /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished.
+    /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; and the
+    /// administrator.
     pub fn logout(&mut self) {
+        self.volatile.administrator = piv::Administrator::default();
+        self.forget_pin();
+    }
+
+    fn forget_pin(&mut self) {
         self.volatile.login = None;
         self.volatile.fresh = false;
         if let Some(running) = &mut self.volatile.running {
@@ -326,9 +345,9 @@ impl EmulatedCard {
         }
     }
 
-    /// Whether a PIN is verified that [`logout`](Self::logout) would forget.
+    /// Whether a PIN is verified, or an administrator known, that [`logout`](Self::logout) would forget.
     pub(crate) fn is_logged_in(&self) -> bool {
-        self.volatile.login.is_some()
+        self.volatile.login.is_some() || self.volatile.administrator.is_authenticated()
     }
 
     /// Begins a command.
@@ -342,6 +361,10 @@ impl EmulatedCard {
         let unread = self.volatile.unread.take();
         let gathered = std::mem::take(&mut self.volatile.gathered);
         let chain = self.volatile.chain.take().filter(|chain| chain.header == Chain::header(command));
+        if !matches!(command.ins(), ins::GENERAL_AUTHENTICATE | ins::GET_RESPONSE) {
+            // GENERAL AUTHENTICATE does so itself, when all its pieces are there.
+            self.volatile.administrator.take_attempt();
+        }
         match class(command.cla()) {
             Err(refusal) => return refusal.into(),
             Ok(Class::Piece) => return self.piece(command, chain).into(),
@@ -371,8 +394,15 @@ impl EmulatedCard {
             }
             _ => match self.volatile.selected.and_then(|index| self.applets.get(index)) {
                 Some(applet) => {
-                    let (fresh, random) = (&mut self.volatile.fresh, &mut self.random);
-                    applet.command(command, Session { verified, fresh, gathered, random })
+                    let session = Session {
+                        verified,
+                        fresh: &mut self.volatile.fresh,
+                        gathered,
+                        random: &mut self.random,
+                        memory: self.store.writable(),
+                        administrator: &mut self.volatile.administrator,
+                    };
+                    applet.command(command, session)
                 }
                 None if command.ins() == ins::SELECT => StatusWord::NOT_FOUND.into(),
                 None => StatusWord::INS_NOT_SUPPORTED.into(),
@@ -386,7 +416,7 @@ impl EmulatedCard {
                 StatusWord::SUCCESS.into()
             }
             Outcome::LogOut => {
-                self.logout();
+                self.forget_pin();
                 StatusWord::SUCCESS.into()
             }
             Outcome::Work(work) => self.work(command, work),

@@ -11,6 +11,8 @@ use crate::card::{CardBuildError, CardOptions, EmulatedCard, Profile};
 use crate::keys::nss::token::{Module, ModuleError, TokenStore};
 use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::pem::{self, PemSource, PemStore};
+use crate::keys::writable::ManagementAlgorithm;
+use crate::keys::written::{ManagementKey, ManagementKeyError, WrittenError, WrittenStore};
 use crate::keys::{KeyStore, UnlockError};
 use crate::pcsc::{PcscConfig, PcscSource};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
@@ -62,6 +64,15 @@ pub enum Keys {
     },
 }
 
+/// A card that can be written to, or was.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Where what is written is kept, of this card alone.
+    pub directory: StateDirectory,
+    /// File with the card management key, by which more can be written; without one the card is as it was left.
+    pub management: Option<(PathBuf, ManagementAlgorithm)>,
+}
+
 /// Which card is wanted, and what PIN it has.
 #[derive(Clone, Debug)]
 pub struct CardSetup {
@@ -89,6 +100,8 @@ pub struct CardSetup {
     /// Where its state is kept, if not with the user's other cards, and under which name instead of the path of its
     /// keys.
     pub state: Option<(StateDirectory, PathBuf)>,
+    /// For a card of files, which shows itself as a PIV card only.
+    pub written: Option<Written>,
     /// What stands before an option's name where the user writes it: `--` or nothing.
     pub prefix: &'static str,
 }
@@ -107,6 +120,7 @@ impl Default for CardSetup {
             forget_pin: None,
             keep_tries: None,
             state: None,
+            written: None,
             prefix: "",
         }
     }
@@ -149,6 +163,12 @@ pub enum SetupError {
     /// A file with keys or certificates is not usable.
     #[error(transparent)]
     Files(#[from] pem::OpenError),
+    /// What was written to the card is not usable.
+    #[error(transparent)]
+    Written(#[from] WrittenError),
+    /// The card management key is not usable.
+    #[error("card management key: {0}")]
+    ManagementKey(#[from] ManagementKeyError),
     /// A PKCS#11 module is not usable.
     #[error(transparent)]
     Module(#[from] ModuleError),
@@ -363,20 +383,37 @@ impl CardSetup {
                     .as_ref()
                     .map(|file| self.read_secret("password-file", file))
                     .transpose()?;
-                let store = PemStore::open(sources, password.as_ref()).map_err(|source| match source {
+                let encrypted = |source| match source {
                     pem::OpenError::PasswordNeeded { .. } => {
                         SetupError::Encrypted { source, prefix: self.prefix }
                     }
                     source => source.into(),
-                })?;
+                };
+                let store: Arc<dyn KeyStore> = match &self.written {
+                    None => Arc::new(PemStore::open(sources, password.as_ref()).map_err(encrypted)?),
+                    Some(written) => Arc::new(self.open_written(sources, password.as_ref(), written)?),
+                };
                 // There is one, or it would not have opened.
                 let first = sources.first().map(|source| match source {
                     PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => path.as_path(),
                 });
-                Ok(Opened { store: Arc::new(store), place: canonical(first.unwrap_or(Path::new("")))? })
+                Ok(Opened { store, place: canonical(first.unwrap_or(Path::new("")))? })
             }
             Keys::Token { .. } => Err(SetupError::TokenCounts),
         }
+    }
+
+    fn open_written(
+        &self,
+        sources: &[PemSource],
+        password: Option<&Secret>,
+        Written { directory, management }: &Written,
+    ) -> Result<WrittenStore, SetupError> {
+        let management = match management {
+            Some((file, algorithm)) => Some(ManagementKey::read(file, *algorithm)?),
+            None => None,
+        };
+        Ok(WrittenStore::open(sources, password, &self.explicit(), directory.clone(), management)?)
     }
 
     fn open_token(
@@ -415,15 +452,18 @@ impl CardSetup {
         Ok(OpenCard { source, slot: None, _claim: None })
     }
 
+    /// The slots that were asked for.
+    fn explicit(&self) -> Vec<(PivSlot, String)> {
+        self.certificates.iter().filter_map(|wanted| Some((wanted.slot?, wanted.name.clone()))).collect()
+    }
+
     fn make(
         &self,
         store: Arc<dyn KeyStore>,
         reference: ReferenceData,
         id: CardId,
     ) -> Result<EmulatedCard, CardBuildError> {
-        let explicit: Vec<_> =
-            self.certificates.iter().filter_map(|wanted| Some((wanted.slot?, wanted.name.clone()))).collect();
-        let slots = slot::assign(store.certificates(), &explicit)?;
+        let slots = slot::assign(store.certificates(), &self.explicit())?;
         for (slot, index) in &slots {
             if let Some(certificate) = store.certificates().get(*index) {
                 tracing::debug!("slot {slot}: certificate {:?}, {}", certificate.name, certificate.kind);

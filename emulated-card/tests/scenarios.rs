@@ -18,8 +18,12 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
+#[path = "common/openssl_tool.rs"]
+mod openssl_tool;
 #[path = "common/statuses.rs"]
 mod statuses;
+#[path = "common/writable.rs"]
+mod writable;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -55,7 +59,9 @@ fn scenarios() {
 
 fn play(file: &Path, failures: &mut Vec<String>, seen: &mut BTreeSet<Seen>) {
     let text = std::fs::read_to_string(file).unwrap();
-    let (mut card, mut observer) = new_card("");
+    // Where cards keep what is written to them.
+    let directory = tempfile::tempdir().unwrap();
+    let (mut card, mut observer) = new_card("", directory.path());
     let mut step = "";
     let mut response: Option<Vec<u8>> = None;
     for (number, line) in text.lines().enumerate() {
@@ -63,7 +69,7 @@ fn play(file: &Path, failures: &mut Vec<String>, seen: &mut BTreeSet<Seen>) {
         let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
         match kind {
             "" | "#" => {}
-            "card" => (card, observer) = new_card(rest),
+            "card" => (card, observer) = new_card(rest, directory.path()),
             "step" => step = rest,
             "!" if rest == "reset" => {
                 card.reset();
@@ -96,13 +102,17 @@ fn play(file: &Path, failures: &mut Vec<String>, seen: &mut BTreeSet<Seen>) {
     assert!(response.is_none(), "{}: the last response is not looked at", file.display());
 }
 
-fn new_card(settings: &str) -> (EmulatedCard, Observer) {
+fn new_card(settings: &str, directory: &Path) -> (EmulatedCard, Observer) {
     let (mut count, mut bits, mut reference) = (2, 1024, ReferenceData::in_memory(3));
     let (mut profile, mut piv_keys) = (Profile::Cac, None);
     let (mut unlock_error, mut key_error) = (None, None);
+    let (mut written, mut admin) = (None, None);
     for setting in settings.split_whitespace() {
         let (name, value) = setting.split_once('=').unwrap();
         match (name, value) {
+            // The same name is the same card again.
+            ("written", _) => written = Some(directory.join(value)),
+            ("admin", _) => admin = Some(value),
             ("certificates", _) => count = value.parse().unwrap(),
             ("bits", _) => bits = value.parse().unwrap(),
             ("profile", _) => profile = value.parse().unwrap(),
@@ -127,6 +137,10 @@ fn new_card(settings: &str) -> (EmulatedCard, Observer) {
             ("key", "unfit") => key_error = Some(KeyError::Block),
             _ => panic!("what is {setting:?}?"),
         }
+    }
+    if let Some(directory) = written {
+        let card = writable::card(&writable::store(&directory, admin));
+        return (card, Observer::of_writable(admin.is_some()));
     }
     let (slots, certificates) = piv_keys.unwrap_or_else(|| {
         let certificates = certificates(count, bits);
@@ -173,16 +187,16 @@ fn tokens(text: &str) -> Vec<Token> {
     tokens
 }
 
-fn matches(pattern: &[Token], bytes: &[u8]) -> bool {
-    match (pattern, bytes) {
-        ([], bytes) => bytes.is_empty(),
-        ([Token::Any, pattern @ ..], bytes) => {
-            (0..=bytes.len()).any(|skipped| matches(pattern, &bytes[skipped..]))
+fn matches(mut pattern: &[Token], mut bytes: &[u8]) -> bool {
+    loop {
+        (pattern, bytes) = match (pattern, bytes) {
+            ([], bytes) => return bytes.is_empty(),
+            ([Token::Any, pattern @ ..], bytes) => {
+                return (0..=bytes.len()).any(|skipped| matches(pattern, &bytes[skipped..]));
+            }
+            ([Token::AnyByte, pattern @ ..], [_, bytes @ ..]) => (pattern, bytes),
+            ([Token::Byte(wanted), pattern @ ..], [byte, bytes @ ..]) if wanted == byte => (pattern, bytes),
+            _ => return false,
         }
-        ([Token::AnyByte, pattern @ ..], [_, bytes @ ..]) => matches(pattern, bytes),
-        ([Token::Byte(wanted), pattern @ ..], [byte, bytes @ ..]) => {
-            wanted == byte && matches(pattern, bytes)
-        }
-        _ => false,
     }
 }

@@ -168,6 +168,9 @@ pub(crate) struct Directory {
     /// Directory that new-card made
     #[arg(value_name = "DIR")]
     directory: PathBuf,
+    /// Let the card be written to by those who know its management key: certificates and other data, new keys
+    #[arg(long)]
+    writable: bool,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }
@@ -175,7 +178,11 @@ pub(crate) struct Directory {
 impl Directory {
     pub(crate) fn card(&self) -> Result<CardSpec, String> {
         let directory = CardDirectory::open(&self.directory).map_err(|error| error.to_string())?;
-        Ok(CardSpec { reader: directory.name().to_owned(), card: Wish::Made(Box::new(directory.setup())) })
+        let setup = match self.writable {
+            true => directory.writable().map_err(|error| error.to_string())?,
+            false => directory.setup(),
+        };
+        Ok(CardSpec { reader: directory.name().to_owned(), card: Wish::Made(Box::new(setup)) })
     }
 }
 

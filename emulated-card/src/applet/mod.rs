@@ -11,6 +11,7 @@ pub(crate) mod piv;
 use vscard_protocol::{Command, Secret, StatusWord};
 
 use crate::card::{KeyWork, Random, Work};
+use crate::keys::writable::Writable;
 use crate::tlv;
 
 /// One card application.
@@ -43,6 +44,10 @@ pub(crate) struct Session<'a> {
     pub(crate) gathered: Secret,
     /// Where challenges come from.
     pub(crate) random: &'a mut Random,
+    /// What was written to the card, of one that can be written to.
+    pub(crate) memory: Option<&'a dyn Writable>,
+    /// Who may do that.
+    pub(crate) administrator: &'a mut piv::Administrator,
 }
 
 /// What a command leads to.

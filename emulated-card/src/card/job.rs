@@ -1,13 +1,16 @@
-//! What blocks: PIN checks and private-key operations.
+//! What blocks: PIN checks, private-key operations, what is written to the card.
 
 use std::sync::Arc;
 
 use vscard_protocol::{Secret, StatusWord};
 
-use crate::keys::{KeyError, KeyStore, Unlocked};
+use crate::applet::piv;
+use crate::keys::writable::{Writable, WriteError};
+use crate::keys::{KeyError, KeyKind, KeyStore, Unlocked};
 use crate::pin::{PinError, ReferenceData};
+use crate::slot::PivSlot;
 
-/// What blocks: a PIN check or a key operation.
+/// What blocks: a PIN check, a key operation, something to be written.
 #[must_use = "a job that is not run leaves the command unanswered"]
 pub struct Job {
     pub(super) epoch: u64,
@@ -41,6 +44,10 @@ pub(crate) enum Work {
     Unblock { puk: Secret, new: Secret },
     /// Uses a private key.
     Key(KeyWork),
+    /// Replaces a data object.
+    Put { object: u8, content: Secret },
+    /// Makes a new key.
+    Generate { slot: PivSlot, kind: KeyKind },
 }
 
 /// One use of a private key.
@@ -96,6 +103,14 @@ impl Job {
                 refused => (login, empty(refused)),
             },
             Work::Key(work) => work.run(login, &*store, &reference),
+            Work::Put { object, content } => {
+                let put = |memory: &dyn Writable| memory.put(object, content.expose());
+                (login, write(&*store, put).map(|()| Secret::default()))
+            }
+            Work::Generate { slot, kind } => {
+                let key = write(&*store, |memory| memory.generate(slot, kind));
+                (login, key.map(|key| piv::public_key(&key)))
+            }
         };
         Done { epoch, fresh: fresh && login.is_some(), login, result }
     }
@@ -143,6 +158,20 @@ impl KeyWork {
             }
         }
     }
+}
+
+fn write<T>(
+    store: &dyn KeyStore,
+    write: impl FnOnce(&dyn Writable) -> Result<T, WriteError>,
+) -> Result<T, StatusWord> {
+    let memory = store.writable().ok_or(StatusWord::INS_NOT_SUPPORTED)?;
+    write(memory).map_err(|error| {
+        tracing::warn!(%error, "nothing was written to the card");
+        match error {
+            WriteError::Key(_) => StatusWord::NO_DIAGNOSIS,
+            WriteError::Storage(_) => StatusWord::MEMORY_FAILURE,
+        }
+    })
 }
 
 fn logged_in(result: Result<Box<dyn Unlocked>, PinError>) -> (Login, Result<Secret, StatusWord>) {

@@ -65,15 +65,19 @@ pub(super) enum Unfit {
 impl Parts {
     /// The key, if it is one that a card can hold: RSA of 1024 to 4096 bits in whole bytes, P-256 or P-384.
     pub(super) fn key(self) -> Result<(Vec<u8>, PublicKey), Unfit> {
-        match self.key {
-            Key::Rsa { modulus } => match bits(&modulus) {
-                bits if (1024..=4096).contains(&bits) && bits % 8 == 0 => {
-                    Ok((self.public_key, PublicKey::Rsa { modulus }))
-                }
+        Ok((self.public_key, self.key.fit()?))
+    }
+}
+
+impl Key {
+    fn fit(self) -> Result<PublicKey, Unfit> {
+        match self {
+            Self::Rsa { modulus } => match bits(&modulus) {
+                bits if (1024..=4096).contains(&bits) && bits % 8 == 0 => Ok(PublicKey::Rsa { modulus }),
                 bits => Err(Unfit::Size(bits)),
             },
-            Key::Ec(key) => Ok((self.public_key, key)),
-            Key::Other(kind) => Err(Unfit::Kind(kind)),
+            Self::Ec(key) => Ok(key),
+            Self::Other(kind) => Err(Unfit::Kind(kind)),
         }
     }
 }
@@ -108,6 +112,12 @@ pub(super) fn parse(der: &[u8]) -> x509_cert::der::Result<Parts> {
         validity: (validity.not_after.to_unix_duration(), validity.not_before.to_unix_duration()),
         key: parse_key(public_key)?,
     })
+}
+
+/// The key in a SubjectPublicKeyInfo, if a card can hold it.
+#[cfg(feature = "pem")]
+pub(super) fn parse_public_key(info: &[u8]) -> Option<PublicKey> {
+    parse_key(info).ok()?.fit().ok()
 }
 
 fn parse_key(public_key: &[u8]) -> x509_cert::der::Result<Key> {

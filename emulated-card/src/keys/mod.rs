@@ -8,6 +8,9 @@ mod certificate;
 pub mod nss;
 #[cfg(feature = "pem")]
 pub mod pem;
+pub mod writable;
+#[cfg(feature = "pem")]
+pub mod written;
 
 use thiserror::Error;
 use vscard_protocol::Secret;
@@ -94,6 +97,12 @@ pub trait KeyStore: Send + Sync {
     /// # Errors
     /// [`UnlockError`]; after any error nothing is logged in, an earlier login of this store included.
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError>;
+
+    /// The store as one whose data objects and keys change, or have been changed; `None` if all it has is
+    /// [`certificates`](Self::certificates) and their keys.
+    fn writable(&self) -> Option<&dyn writable::Writable> {
+        None
+    }
 }
 
 impl std::fmt::Debug for dyn KeyStore {

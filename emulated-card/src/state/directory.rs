@@ -1,11 +1,11 @@
 //! The files of the state directory, and locks on them.
 
 use std::fs::{DirBuilder, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::StateError;
@@ -52,6 +52,32 @@ impl Directory {
         // NFS wants write access for an exclusive lock.
         let flags = access | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOCTTY;
         self.open_file(name, flags, |path, what| StateError::LockFile { path, what })
+    }
+
+    /// Replaces a file, through another one: one name for that is enough, as there is one writer at a time, and what a
+    /// killed process left is reused. After `Ok` the new contents survive a power cut; after an error the file is as
+    /// before, or (when only the last step failed) as wanted but not yet certain to survive.
+    pub(super) fn replace(&self, name: &str, temporary: &str, bytes: &[u8]) -> Result<(), StateError> {
+        let fail = |what, source: io::Error| self.io_error(name, what, source);
+        let at = &self.file;
+        match rustix::fs::unlinkat(at, temporary, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(self.io_error(temporary, "remove", errno.into())),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = rustix::fs::openat(at, temporary, flags, Mode::RUSR | Mode::WUSR)
+            .map(File::from)
+            .map_err(|errno| fail("replace", errno.into()))?;
+        let written = file
+            .write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| Ok(rustix::fs::renameat(at, temporary, at, name)?));
+        if let Err(source) = written {
+            // What is left of it does no harm.
+            let _ = rustix::fs::unlinkat(at, temporary, AtFlags::empty());
+            return Err(fail("write", source));
+        }
+        at.sync_all().map_err(|source| fail("write (directory)", source))
     }
 
     pub(super) fn io_error(&self, name: &str, what: &'static str, source: io::Error) -> StateError {

@@ -162,6 +162,19 @@ impl StateDirectory {
         &self.path
     }
 
+    /// Whether it is there; it is this user's alone then.
+    #[cfg(feature = "pem")]
+    pub(crate) fn exists(&self) -> Result<bool, StateError> {
+        Ok(self.open()?.is_some())
+    }
+
+    /// Replaces a file, which is then this user's alone, as a whole: it is the old one or the new one whenever the
+    /// process dies. One writer at a time.
+    #[cfg(feature = "pem")]
+    pub(crate) fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), StateError> {
+        self.open_or_create()?.replace(name, &format!("{name}.new"), bytes)
+    }
+
     fn open_or_create(&self) -> Result<Directory, StateError> {
         if let Some(directory) = self.open()? {
             return Ok(directory);

@@ -1,13 +1,11 @@
 //! State files on disk: read as a whole, replaced as a whole.
 
-use std::fs::File;
-use std::io::{self, Read, Write as _};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
 
 use super::directory::{Directory, FileLock, try_lock};
@@ -136,29 +134,12 @@ impl LockedRecord<'_> {
     /// Replaces the file. After `Ok` the new contents survive a power cut; after an error the file is as before,
     /// or (when only the last step failed) as wanted but not yet certain to survive.
     pub(crate) fn write(&self, contents: &Contents) -> Result<(), StateError> {
-        let name = self.record.file_name();
-        // One name is enough, as only the holder of the lock writes; and what a killed process left is reused.
-        let temporary = format!("{}.new", self.record.stem);
-        let fail = |what, source: io::Error| self.directory.io_error(&name, what, source);
-        let at = &self.directory.file;
-        match rustix::fs::unlinkat(at, &temporary, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(self.directory.io_error(&temporary, "remove", errno.into())),
-        }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = rustix::fs::openat(at, &temporary, flags, Mode::RUSR | Mode::WUSR)
-            .map(File::from)
-            .map_err(|errno| fail("replace", errno.into()))?;
-        let written = file
-            .write_all(encode(&self.record.database, contents).as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| Ok(rustix::fs::renameat(at, &temporary, at, &name)?));
-        if let Err(source) = written {
-            // What is left of it does no harm.
-            let _ = rustix::fs::unlinkat(at, &temporary, AtFlags::empty());
-            return Err(fail("write", source));
-        }
-        at.sync_all().map_err(|source| fail("write (directory)", source))
+        let text = encode(&self.record.database, contents);
+        self.directory.replace(
+            &self.record.file_name(),
+            &format!("{}.new", self.record.stem),
+            text.as_bytes(),
+        )
     }
 }
 

@@ -217,6 +217,16 @@ pub(crate) fn try_card(
     profile: Profile,
     slots: Vec<(PivSlot, usize)>,
 ) -> Result<EmulatedCard, CardBuildError> {
+    try_card_of(Arc::new(store), reference, profile, slots)
+}
+
+/// A card whose random numbers are 1, 2, 3 and so on.
+pub(crate) fn try_card_of(
+    store: Arc<dyn KeyStore>,
+    reference: ReferenceData,
+    profile: Profile,
+    slots: Vec<(PivSlot, usize)>,
+) -> Result<EmulatedCard, CardBuildError> {
     let id = CardId::derive(store.certificates(), "test");
     let mut counter = 0_u8;
     let random = move |bytes: &mut [u8]| {
@@ -226,7 +236,7 @@ pub(crate) fn try_card(
         });
     };
     let options = CardOptions { profile, slots };
-    EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, Box::new(random))
+    EmulatedCard::new(store, Arc::new(reference), id, options, Box::new(random))
 }
 
 /// A CAC with all of the store's certificates.

@@ -23,11 +23,13 @@ pub(crate) fn run(program: &str, package: &str, arguments: &[&OsStr]) -> Vec<u8>
     output.stdout
 }
 
+#[allow(unused_macros, reason = "as above")]
 macro_rules! openssl {
     ($($argument:expr),* $(,)?) => {
         $crate::openssl_tool::run("openssl", "openssl", &[$(std::ffi::OsStr::new(&$argument)),*])
     };
 }
+#[allow(unused_imports, reason = "as above")]
 pub(crate) use openssl;
 
 /// A self-signed certificate and its key (`rsa:BITS`, `P-256`, `P-384`), both PEM.

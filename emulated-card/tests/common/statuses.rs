@@ -13,7 +13,7 @@ use vscard_protocol::{Command, StatusWord};
 ///
 /// `card` is what is the same whichever applet is selected. `CAC` is what is the same in all applets of a CAC, and on a
 /// CAC where none is selected (`none`). `container` is the capability container and the PKI containers, `discovery`
-/// GlobalPlatform and plug-and-play.
+/// GlobalPlatform and plug-and-play, `writable` a PIV card with a card management key.
 pub(crate) const STATUSES: &[(&str, &str, &str)] = &[
     ("card", "refused class", "6881 6882 6E00"),
     ("card", "refused chaining", "6884"),
@@ -27,6 +27,11 @@ pub(crate) const STATUSES: &[(&str, &str, &str)] = &[
     ("PIV", "RESET RETRY COUNTER", "9000 63CX 6581 6983 6985 6A80 6A86 6A88"),
     ("PIV", "GENERAL AUTHENTICATE", "9000 61XX 6700 6982 6A80 6A86 6A88 6F00"),
     ("PIV", "other command", "6D00"),
+    ("writable", "GET DATA", "9000 61XX 6982 6A82"),
+    ("writable", "VERIFY", "9000 63CX"),
+    ("writable", "GENERAL AUTHENTICATE", "9000 61XX 6982 6985 6A80 6A86 6A88"),
+    ("writable", "PUT DATA", "9000 6700 6982 6A80 6A81 6A86"),
+    ("writable", "GENERATE ASYMMETRIC KEY PAIR", "9000 6982 6A80 6A86"),
     ("CAC", "VERIFY", "9000 63CX 6581 6700 6983 6A80 6A86 6F00"),
     ("CAC", "CHANGE REFERENCE DATA", "9000 63CX 6581 6700 6983 6985 6A80 6A86 6F00"),
     ("CAC", "RESET RETRY COUNTER", "9000 63CX 6581 6700 6983 6985 6A80 6A86"),
@@ -69,13 +74,21 @@ pub(crate) fn is_known((who, what, status): &Seen) -> bool {
 pub(crate) struct Observer {
     profile: Profile,
     selected: &'static str,
+    /// What the PIV application is called: one that can be written to has commands of its own.
+    piv: &'static str,
 }
 
 impl Observer {
     pub(crate) fn new(profile: Profile) -> Self {
-        let mut observer = Self { profile, selected: "" };
+        let mut observer = Self { profile, selected: "", piv: "PIV" };
         observer.reset();
         observer
+    }
+
+    /// Of a PIV card that can be written to, or of one that was.
+    #[allow(dead_code, reason = "the scenarios have such cards")]
+    pub(crate) fn of_writable(administrator: bool) -> Self {
+        Self { piv: if administrator { "writable" } else { "PIV" }, ..Self::new(Profile::Piv) }
     }
 
     pub(crate) fn reset(&mut self) {
@@ -89,6 +102,7 @@ impl Observer {
     /// A command was answered.
     pub(crate) fn see(&mut self, command: &Command, status: StatusWord) -> Seen {
         let (who, what) = self.place(command);
+        let who = if who == "PIV" { self.piv } else { who };
         if (who, what) == ("card", "SELECT") && matches!(status.sw1(), 0x90 | 0x61) {
             self.selected = applet(command.data());
         }
@@ -106,6 +120,7 @@ impl Observer {
         let cac = !self.is_piv();
         match (command.cla(), command.ins(), selected) {
             (0x00 | 0x80, ..) | (0x10, ins::GENERAL_AUTHENTICATE, "PIV") => {}
+            (0x10, ins::PUT_DATA, "PIV") if self.piv == "writable" => {}
             (0x10, ..) => return ("card", "refused chaining"),
             _ => return ("card", "refused class"),
         }
@@ -121,6 +136,10 @@ impl Observer {
             ins => match (selected, ins) {
                 ("PIV", ins::GET_DATA_ODD) | ("discovery", ins::GET_DATA) => (selected, "GET DATA"),
                 ("PIV", ins::GENERAL_AUTHENTICATE) => (selected, "GENERAL AUTHENTICATE"),
+                ("PIV", ins::PUT_DATA) if self.piv == "writable" => (selected, "PUT DATA"),
+                ("PIV", ins::GENERATE_KEY_PAIR) if self.piv == "writable" => {
+                    (selected, "GENERATE ASYMMETRIC KEY PAIR")
+                }
                 ("container" | "access control", ins::GET_PROPERTIES) => (selected, "GET PROPERTIES"),
                 ("container", ins::READ_BUFFER) => (selected, "READ BUFFER"),
                 ("container", ins::UPDATE_BUFFER) => (selected, "UPDATE BUFFER"),

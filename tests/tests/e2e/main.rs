@@ -18,3 +18,4 @@ mod remote;
 mod slots;
 mod slow;
 mod state;
+mod writable;

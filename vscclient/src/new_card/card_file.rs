@@ -31,6 +31,9 @@ pub(super) struct CardFile {
     /// Or certificates and keys in an NSS database.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) nss: Option<NssFiles>,
+    /// The card management key, of a card that can be written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) admin: Option<AdminFile>,
 }
 
 /// One certificate with its key. All files are in the directory itself.
@@ -50,6 +53,24 @@ pub(super) struct NssFiles {
     pub(super) certificates: Vec<String>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct AdminFile {
+    pub(super) key: String,
+    pub(super) algorithm: AdminAlgorithm,
+}
+
+/// What a card management key encrypts with (SP 800-78-4 table 6-2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AdminAlgorithm {
+    #[serde(rename = "3des")]
+    TripleDes,
+    Aes128,
+    Aes192,
+    Aes256,
+}
+
 /// Reads a file's text.
 pub(super) fn parse(text: &str) -> Result<CardFile, String> {
     if text.len() as u64 > MAX_CARD_FILE {
@@ -64,9 +85,15 @@ pub(super) fn parse(text: &str) -> Result<CardFile, String> {
     if card.pem.is_empty() == card.nss.is_none() {
         return Err("needs keys: either [[pem]] sections or one [nss] section".into());
     }
+    if card.admin.is_some() && (card.nss.is_some() || card.profile != Profile::Piv) {
+        return Err(
+            "a card with an [admin] section has the profile \"piv\" and keys in [[pem]] sections".into()
+        );
+    }
     let pem = card.pem.iter().flat_map(|files| [&files.certificate, &files.key]);
     let nss = card.nss.iter().flat_map(|files| [&files.database, &files.password_file]);
-    if let Some(name) = pem.chain(nss).find(|name| !is_file_name(name)) {
+    let admin = card.admin.iter().map(|admin| &admin.key);
+    if let Some(name) = pem.chain(nss).chain(admin).find(|name| !is_file_name(name)) {
         return Err(format!("{name:?} is not the name of a file in this directory"));
     }
     Ok(card)
@@ -113,6 +140,13 @@ mod tests {
             (PEM.replace("a.key", "."), "is not the name of a file"),
             (PEM.replace("a.key", ""), "is not the name of a file"),
             (NSS.replace("nssdb", "a/b"), "is not the name of a file"),
+            (format!("{PEM}[admin]\nkey = \"../k\"\nalgorithm = \"3des\"\n"), "is not the name of a file"),
+            (format!("{PEM}[admin]\nkey = \"k\"\nalgorithm = \"des\"\n"), "line 8"),
+            (
+                format!("{}[admin]\nkey = \"k\"\nalgorithm = \"aes256\"\n", PEM.replace("piv", "dual")),
+                "\"piv\"",
+            ),
+            (format!("{NSS}[admin]\nkey = \"k\"\nalgorithm = \"aes256\"\n"), "\"piv\""),
             (PEM.replace("piv", "openpgp"), "line 2"),
             (format!("{PEM}more = 1\n"), "line 6"),
             (PEM.replace("\"J\"", "\"\""), "1 to 64"),
@@ -129,7 +163,9 @@ mod tests {
         fn what_is_written_is_read_again(name in "[^\\p{Cc}]{1,64}") {
             prop_assume!(!name.trim().is_empty());
             let files = PemFiles { certificate: "a.pem".into(), key: "a.key".into() };
-            let card = CardFile { name, profile: Profile::Dual, pem: vec![files.clone(), files], nss: None };
+            let admin = AdminFile { key: "admin.key".into(), algorithm: AdminAlgorithm::TripleDes };
+            let (pem, admin) = (vec![files.clone(), files], Some(admin));
+            let card = CardFile { name, profile: Profile::Piv, pem, nss: None, admin };
             prop_assert_eq!(parse(&toml::to_string(&card).unwrap()), Ok(card));
         }
 

@@ -7,15 +7,29 @@ use std::path::{Path, PathBuf};
 use emulated_card::keys::KeyStore;
 use emulated_card::keys::nss::{self, NssDatabase};
 use emulated_card::keys::pem::{self, PemSource, PemStore};
+use emulated_card::keys::writable::ManagementAlgorithm;
 use emulated_card::pin::{SecretFileError, read_secret_file};
-use emulated_card::setup::{CardSetup, Keys, Wanted};
+use emulated_card::setup::{CardSetup, Keys, Wanted, Written};
 use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
 use thiserror::Error;
 use vscard_protocol::Secret;
 
-use super::card_file::{CardFile, MAX_CARD_FILE, NssFiles, PemFiles, Profile, parse};
+use super::card_file::{
+    AdminAlgorithm, AdminFile, CardFile, MAX_CARD_FILE, NssFiles, PemFiles, Profile, parse,
+};
 
 pub(super) const CARD_FILE: &str = "card.toml";
+
+impl From<AdminAlgorithm> for ManagementAlgorithm {
+    fn from(algorithm: AdminAlgorithm) -> Self {
+        match algorithm {
+            AdminAlgorithm::TripleDes => Self::TripleDes,
+            AdminAlgorithm::Aes128 => Self::Aes128,
+            AdminAlgorithm::Aes192 => Self::Aes192,
+            AdminAlgorithm::Aes256 => Self::Aes256,
+        }
+    }
+}
 
 /// Why a directory is no card.
 #[derive(Debug, Error)]
@@ -30,6 +44,10 @@ pub(crate) enum CardDirectoryError {
     Nss(#[from] nss::OpenError),
     #[error(transparent)]
     Password(#[from] SecretFileError),
+    #[error(
+        "{0:?} has no administrator: a card that can be written to is made with new-card --admin-key-file"
+    )]
+    NotWritable(PathBuf),
 }
 
 /// A directory made by `vscclient new-card`. It can be moved and copied: nothing in it names its place.
@@ -75,9 +93,28 @@ impl CardDirectory {
             },
             password_file,
             state: Some((self.state(), CARD_FILE.into())),
+            written: self
+                .card
+                .admin
+                .as_ref()
+                .map(|_| Written { directory: self.written(), management: None }),
             prefix: "--",
             ..CardSetup::default()
         }
+    }
+
+    /// The card, to be opened and written to.
+    pub(crate) fn writable(&self) -> Result<CardSetup, CardDirectoryError> {
+        let Some(AdminFile { key, algorithm }) = &self.card.admin else {
+            return Err(CardDirectoryError::NotWritable(self.path.clone()));
+        };
+        let management = Some((self.path.join(key), (*algorithm).into()));
+        let written = Some(Written { directory: self.written(), management });
+        Ok(CardSetup { written, ..self.setup() })
+    }
+
+    fn written(&self) -> StateDirectory {
+        StateDirectory::at(self.path.join("written"))
     }
 
     fn pem(&self) -> Vec<PemSource> {

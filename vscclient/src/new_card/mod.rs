@@ -12,7 +12,9 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
+use emulated_card::keys::written::{ManagementKey, ManagementKeyError};
 use emulated_card::keys::{Certificate, Curve, KeyKind};
 use emulated_card::pin::{
     CardPinError, DEFAULT_TRIES, ReferenceData, SecretFileError, check_puk, read_secret_file,
@@ -26,13 +28,14 @@ use vscard_protocol::Secret;
 use zeroize::Zeroizing;
 
 use self::authority::{Authority, Holder, Purpose, Validity};
-use self::card_file::{CardFile, NssFiles, PemFiles, Profile};
+use self::card_file::{AdminAlgorithm, AdminFile, CardFile, NssFiles, PemFiles, Profile};
 use self::directory::CARD_FILE;
 pub(crate) use self::directory::{CardDirectory, CardDirectoryError};
 use self::nss::Database;
 
 const DATABASE: &str = "nssdb";
 const PASSWORD_FILE: &str = "nssdb.password";
+const ADMIN_KEY_FILE: &str = "admin.key";
 /// One byte tells the length of such a string in DER.
 const MAX_ADDRESS: usize = 127;
 
@@ -73,6 +76,27 @@ pub(crate) struct NewCard {
     /// Keys in an NSS database (needs certutil and pk12util) instead of PEM files
     #[arg(long)]
     nss: bool,
+    /// File with a card management key in hexadecimal digits: a PIV card that `card --writable` lets be written to
+    #[arg(long, value_name = "FILE", conflicts_with = "nss")]
+    admin_key_file: Option<PathBuf>,
+    /// What that key encrypts with
+    #[arg(long, value_enum, default_value = "aes256", requires = "admin_key_file")]
+    admin_algorithm: AdminAlgorithm,
+}
+
+impl ValueEnum for AdminAlgorithm {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::TripleDes, Self::Aes128, Self::Aes192, Self::Aes256]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(match self {
+            Self::TripleDes => "3des",
+            Self::Aes128 => "aes128",
+            Self::Aes192 => "aes192",
+            Self::Aes256 => "aes256",
+        }))
+    }
 }
 
 /// What a card's keys can be (SP 800-78-4 table 3-1, and RSA of other sizes).
@@ -125,6 +149,8 @@ pub(crate) enum NewCardError {
     Pin(PathBuf),
     #[error("--puk-file {}: {source}", path.display())]
     Puk { path: PathBuf, source: CardPinError },
+    #[error("--admin-key-file: {0}")]
+    AdminKey(#[from] ManagementKeyError),
     #[error("OpenSSL made no key or certificate: {0}")]
     Crypto(#[from] ErrorStack),
     #[error("{0} is missing, which --nss needs; install the package libnss3-tools (nss-tools on Fedora)")]
@@ -138,6 +164,13 @@ pub(crate) enum NewCardError {
     Directory(#[from] CardDirectoryError),
     #[error(transparent)]
     State(#[from] StateError),
+}
+
+/// What the card knows its users by, fit for a card.
+struct Secrets {
+    pin: Secret,
+    puk: Option<Secret>,
+    admin: Option<ManagementKey>,
 }
 
 impl NewCard {
@@ -157,8 +190,7 @@ impl NewCard {
         Ok(format!("{directory} holds a card of {}; {directory}/README.txt says how to use it", self.name))
     }
 
-    /// PIN and PUK, fit for a card.
-    fn secrets(&self) -> Result<(Secret, Option<Secret>), NewCardError> {
+    fn secrets(&self) -> Result<Secrets, NewCardError> {
         let read = |option, path: &Path| {
             read_secret_file(path).map_err(|source| NewCardError::SecretFile { option, source })
         };
@@ -174,10 +206,14 @@ impl NewCard {
                 Some(puk)
             }
         };
-        Ok((pin, puk))
+        let admin = match &self.admin_key_file {
+            None => None,
+            Some(path) => Some(ManagementKey::read(path, self.admin_algorithm.into())?),
+        };
+        Ok(Secrets { pin, puk, admin })
     }
 
-    fn fill(&self, (pin, puk): &(Secret, Option<Secret>)) -> Result<(), NewCardError> {
+    fn fill(&self, Secrets { pin, puk, admin }: &Secrets) -> Result<(), NewCardError> {
         let file = |name: &str| self.directory.join(name);
         let authority = Authority::new(self.algorithm, Validity::new(self.days, self.expired))?;
         write(&file("ca.pem"), &authority.certificate.to_pem()?, 0o644)?;
@@ -212,6 +248,9 @@ impl NewCard {
         }
         let revoked = if self.revoked { &certificates[..] } else { &[] };
         write(&file("crl.pem"), &authority.revoke(revoked)?.to_pem()?, 0o644)?;
+        if let Some(key) = admin {
+            write(&file(ADMIN_KEY_FILE), key.to_hex().expose(), 0o600)?;
+        }
         write(&file(CARD_FILE), self.card_file()?.as_bytes(), 0o644)?;
         self.set_pin(pin, puk.as_ref())?;
         write(&file("README.txt"), self.readme().as_bytes(), 0o644)
@@ -232,13 +271,17 @@ impl NewCard {
         let pem = |name| PemFiles { certificate: format!("{name}.pem"), key: format!("{name}.key") };
         let card = CardFile {
             name: self.name.clone(),
-            profile: Profile::Dual,
+            profile: if self.admin_key_file.is_some() { Profile::Piv } else { Profile::Dual },
             pem: if self.nss { vec![] } else { names.map(pem).into() },
             nss: self.nss.then(|| NssFiles {
                 database: DATABASE.into(),
                 password_file: PASSWORD_FILE.into(),
                 certificates: names.map(str::to_owned).into(),
             }),
+            admin: self
+                .admin_key_file
+                .is_some()
+                .then(|| AdminFile { key: ADMIN_KEY_FILE.into(), algorithm: self.admin_algorithm }),
         };
         Ok(toml::to_string(&card)?)
     }
@@ -258,6 +301,14 @@ impl NewCard {
                      nssdb.password           the password of that"
             }
             false => "*.key                    its private keys",
+        };
+        let admin = match self.admin_key_file {
+            Some(_) => {
+                "admin.key                the card management key (9B): by it, `vscclient card --writable` lets programs\n\
+                     \x20                        such as piv-tool put certificates on the card and generate keys\n\
+                     written/                 what they wrote: data objects and keys\n"
+            }
+            None => "",
         };
         format!(
             "\
@@ -288,7 +339,7 @@ signature.pem            signs mail and documents
 encryption.pem           decrypts mail
 card-authentication.pem  tells that the card is genuine; its key asks for no PIN
 {keys}
-state/                   PIN and PUK (hashes) and their counters
+{admin}state/                   PIN and PUK (hashes) and their counters
 ca.pem, ca.key           the certification authority
 crl.pem                  its list of revoked certificates
 

@@ -285,3 +285,52 @@ fn names_that_no_certificate_can_hold_are_refused() {
         assert!(parse(wrong).is_err(), "{wrong:?}");
     }
 }
+
+#[test]
+fn a_card_with_an_administrator_can_be_written_to() {
+    for (algorithm, digits) in [("3des", 48), ("aes128", 32), ("aes192", 48), ("aes256", 64)] {
+        let place = Place::new();
+        place.secret("admin", &format!("{}\n", "0aF".repeat(digits / 3) + &"9".repeat(digits % 3)));
+        let admin = place.path("admin");
+        let options = ["--algorithm", "p256", "--admin-key-file", admin.to_str().unwrap()];
+        place.new_card(&[&options[..], &["--admin-algorithm", algorithm]].concat()).unwrap();
+        let key = place.path("card/admin.key");
+        assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+        let kept = fs::read_to_string(key).unwrap();
+        assert_eq!(kept, fs::read_to_string(admin).unwrap().trim().to_lowercase());
+        let said = fs::read_to_string(place.path("card/README.txt")).unwrap();
+        assert!(said.contains("admin.key  ") && said.contains("written/  "), "{said}");
+        let card = place.card();
+        assert_eq!(card.setup().profile, emulated_card::card::Profile::Piv);
+        let card = card.writable().unwrap().open().unwrap();
+        assert!(card.slot.is_some());
+    }
+    let place = Place::new();
+    place.new_card(&["--algorithm", "p256"]).unwrap();
+    let error = place.card().writable().unwrap_err().to_string();
+    assert!(error.contains("--admin-key-file"), "{error}");
+    assert!(!place.files("card").contains("admin.key"));
+}
+
+#[test]
+fn what_is_no_card_management_key_is_refused() {
+    let place = Place::new();
+    let admin = place.path("admin");
+    let options = ["--algorithm", "p256", "--admin-key-file", admin.to_str().unwrap()];
+    for key in ["", "00", &"0".repeat(63), &"0".repeat(65), &"0".repeat(48), &"x".repeat(64)] {
+        fs::write(&admin, key).unwrap();
+        fs::set_permissions(&admin, Permissions::from_mode(0o600)).unwrap();
+        let error = place.new_card(&options).unwrap_err().to_string();
+        assert!(error.contains("--admin-key-file"), "{error}");
+        assert!(key.len() < 3 || !error.contains(key), "{error}");
+    }
+    fs::write(&admin, "0".repeat(64)).unwrap();
+    fs::set_permissions(&admin, Permissions::from_mode(0o644)).unwrap();
+    assert!(place.new_card(&options).unwrap_err().to_string().contains("chmod 600"));
+    assert!(!place.path("card").exists());
+    let line =
+        ["vscclient", "new-card", "d", "--pin-file", "p", "--name", "J", "--nss", "--admin-key-file", "k"];
+    assert!(Cli::try_parse_from(line).is_err());
+    let line = ["vscclient", "new-card", "d", "--pin-file", "p", "--name", "J", "--admin-algorithm", "3des"];
+    assert!(Cli::try_parse_from(line).is_err());
+}

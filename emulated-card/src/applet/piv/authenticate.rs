@@ -2,29 +2,29 @@
 
 use vscard_protocol::{Command, Secret, StatusWord};
 
+use super::admin::{self, Attempt};
 use super::{Key, Piv};
 use crate::applet::{Outcome, Session};
 use crate::card::{KeyOperation, KeyWork};
 use crate::keys::KeyKind;
+use crate::keys::writable::ManagementAlgorithm;
 use crate::slot::PivSlot;
 use crate::tlv::{ber, put_ber_header, read_ber};
 
 /// Key reference of the card management key.
 const CARD_MANAGEMENT: u8 = 0x9B;
-/// Triple DES, and the length of its blocks.
-const TRIPLE_DES: [u8; 2] = [0x00, 0x03];
-const TRIPLE_DES_BLOCK: usize = 8;
 
 /// All algorithm identifiers there are, whether or not the card has such a key: SP 800-78-5 table 9 and 3072, 4096 bits.
 const ALGORITHMS: [u8; 11] = [0x00, 0x03, 0x05, 0x06, 0x07, 0x08, 0x0A, 0x0C, 0x11, 0x14, 0x16];
 
 /// The objects of a dynamic authentication template (7C; SP 800-73-4 Part 2 table 7), which come in any order, each at
-/// most once. The witness (80) is no part of any request that this card understands.
+/// most once.
 #[derive(Default)]
-struct Template<'a> {
-    challenge: Option<&'a [u8]>,
-    response: Option<&'a [u8]>,
-    exponentiation: Option<&'a [u8]>,
+pub(super) struct Template<'a> {
+    pub(super) witness: Option<&'a [u8]>,
+    pub(super) challenge: Option<&'a [u8]>,
+    pub(super) response: Option<&'a [u8]>,
+    pub(super) exponentiation: Option<&'a [u8]>,
 }
 
 impl<'a> Template<'a> {
@@ -35,6 +35,7 @@ impl<'a> Template<'a> {
         while !objects.is_empty() {
             let (tag, value, rest) = read_ber(objects)?;
             let place = match tag {
+                [0x80] => &mut template.witness,
                 [0x81] => &mut template.challenge,
                 [0x82] => &mut template.response,
                 [0x85] => &mut template.exponentiation,
@@ -53,6 +54,8 @@ impl Piv {
     /// P1 is the algorithm, P2 the key.
     pub(super) fn general_authenticate(&self, command: &Command, session: Session<'_>) -> Outcome {
         let (algorithm, reference) = (command.p1(), command.p2());
+        // Nor does an authentication go on after this.
+        let attempt = session.administrator.take_attempt();
         // Whatever comes of this command, the PIN was for it.
         let fresh = if reference == PivSlot::SIGNATURE.reference() {
             std::mem::take(session.fresh)
@@ -63,10 +66,10 @@ impl Piv {
             return StatusWord::INCORRECT_P1P2.into();
         }
         if reference == CARD_MANAGEMENT {
-            return challenge(command, session);
+            return card_management(command, attempt, session);
         }
-        let slot = PivSlot::of_reference(reference);
-        let Some(key) = self.keys.iter().find(|key| Some(key.slot) == slot) else {
+        let Some(key) = PivSlot::of_reference(reference).and_then(|slot| self.key(slot, session.memory))
+        else {
             return StatusWord::REFERENCE_NOT_FOUND.into();
         };
         let permitted = match key.slot {
@@ -87,19 +90,31 @@ impl Piv {
     }
 }
 
-/// The challenge of an external authentication by the card management key. There is no such key, so nothing can
-/// come of it, but OpenSC takes the challenges as random numbers.
-fn challenge(command: &Command, session: Session<'_>) -> Outcome {
-    if !TRIPLE_DES.contains(&command.p1()) {
+/// What concerns the card management key. On a card that has none, or one of another algorithm, nothing can come of
+/// it, but OpenSC takes the challenges that are for Triple DES as random numbers.
+fn card_management(command: &Command, attempt: Option<Attempt>, session: Session<'_>) -> Outcome {
+    let Session { memory, administrator, random, .. } = session;
+    let Some(algorithm) = ManagementAlgorithm::of_identifier(command.p1()) else {
         return StatusWord::REFERENCE_NOT_FOUND.into();
-    }
-    match Template::parse(command.data()) {
-        Some(Template { challenge: Some([]), response: None, exponentiation: None }) => {
-            let mut challenge = [0; TRIPLE_DES_BLOCK];
-            (session.random)(&mut challenge);
+    };
+    let template = Template::parse(command.data());
+    let memory = memory.filter(|memory| memory.management() == Some(algorithm));
+    match (memory, template) {
+        (Some(memory), Some(template)) => {
+            admin::authenticate(algorithm, &template, attempt, memory, administrator, random)
+        }
+        (None, _) if algorithm != ManagementAlgorithm::TripleDes => StatusWord::REFERENCE_NOT_FOUND.into(),
+        (
+            None,
+            Some(Template { witness: None, challenge: Some([]), response: None, exponentiation: None }),
+        ) => {
+            let mut challenge = vec![0; algorithm.block_len()];
+            random(&mut challenge);
             ber(&[0x7C], &ber(&[0x81], &challenge)).into()
         }
-        Some(Template { response: Some(_), .. }) => StatusWord::REFERENCE_NOT_FOUND.into(),
+        (None, Some(Template { witness: Some(_), .. } | Template { response: Some(_), .. })) => {
+            StatusWord::REFERENCE_NOT_FOUND.into()
+        }
         _ => StatusWord::INCORRECT_DATA.into(),
     }
 }
@@ -109,7 +124,9 @@ impl Key {
     /// (85). `None` for what does not fit the key.
     fn work(&self, template: &Template<'_>) -> Option<KeyWork> {
         let length = self.kind.block_len();
-        let &Template { challenge, response: Some([]), exponentiation } = template else { return None };
+        let &Template { witness: None, challenge, response: Some([]), exponentiation } = template else {
+            return None;
+        };
         let (operation, input, reply): (_, _, fn(Secret) -> Secret) =
             match (self.kind, challenge, exponentiation) {
                 (KeyKind::Rsa { .. }, Some(block), None) if block.len() == length => {
@@ -130,8 +147,8 @@ impl Key {
     }
 }
 
-/// A template with the result of a private key operation.
-fn response(result: Secret) -> Secret {
+/// A template with the result of an operation.
+pub(super) fn response(result: Secret) -> Secret {
     let mut header = Vec::new();
     put_ber_header(&mut header, &[0x82], result.len());
     // Whatever was decrypted is never in memory that is not wiped.
@@ -186,7 +203,6 @@ mod tests {
             &[0x7C],
             &[0x7D, 0],
             &[0x7C, 0, 0],
-            &[0x7C, 2, 0x80, 0],
             &[0x7C, 2, 0x83, 0],
             &[0x7C, 3, 0x5F, 0x01, 0],
             &[0x7C, 4, 0x82, 0, 0x82, 0],

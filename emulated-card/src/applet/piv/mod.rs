@@ -3,20 +3,25 @@
 //! Where the specification leaves an error status open: 6A80 for what is wrong with a body, its length included; 6A86 for
 //! P1-P2 or an algorithm nobody knows; 6A88 for a key or PIN that is not there; 6A82 for a data object.
 
+mod admin;
 mod authenticate;
 mod object;
 mod reference;
+mod write;
 
 use vscard_protocol::apdu::ins;
 use vscard_protocol::{Command, StatusWord};
 
 use super::{Applet, Outcome, Session};
 use crate::card::CardBuildError;
+use crate::keys::writable::Writable;
 use crate::keys::{Certificate, Curve, KeyKind};
 use crate::slot::PivSlot;
 use crate::state::CardId;
 use crate::tlv::{self, ber};
+pub(crate) use admin::Administrator;
 use object::Object;
+pub(crate) use write::public_key;
 
 /// The full application identifier: with the version, 1.0.
 const AID: [u8; 11] = [0xA0, 0x00, 0x00, 0x03, 0x08, 0x00, 0x00, 0x10, 0x00, 0x01, 0x00];
@@ -27,16 +32,22 @@ const RID_LENGTH: usize = 5;
 /// Longest data that GENERAL AUTHENTICATE may gather. The longest of use has 524 bytes (a block of RSA-4096).
 const MAX_CHAIN: usize = 8192;
 
-/// P1-P2 of GET DATA: the current application.
+/// Longest data that PUT DATA may gather: what one command with an extended length could bring.
+const MAX_PUT: usize = 65_535;
+
+/// P1-P2 of GET DATA and PUT DATA: the current application.
 const CURRENT_APPLICATION: u16 = 0x3FFF;
 
 /// The applet.
 pub(crate) struct Piv {
     objects: Vec<Object>,
     keys: Vec<Key>,
+    /// Whether the card has an administrator.
+    writable: bool,
 }
 
 /// A private key.
+#[derive(Clone, Copy)]
 struct Key {
     slot: PivSlot,
     /// Index in the store.
@@ -59,12 +70,20 @@ fn algorithm(kind: KeyKind) -> Option<u8> {
     })
 }
 
+/// The kind of key to be generated for an algorithm identifier, the opposite of [`algorithm`].
+fn kind_of(identifier: u8) -> Option<KeyKind> {
+    let rsa = [1024, 2048, 3072, 4096].map(|bits| KeyKind::Rsa { bits });
+    let ec = [Curve::P256, Curve::P384].map(KeyKind::Ec);
+    rsa.into_iter().chain(ec).find(|kind| algorithm(*kind) == Some(identifier))
+}
+
 impl Piv {
-    /// The application with these certificates of the store in these slots.
+    /// The application with these certificates of the store in these slots. A `writable` one has an administrator.
     pub(crate) fn new(
         certificates: &[Certificate],
         slots: &[(PivSlot, usize)],
         id: &CardId,
+        writable: bool,
     ) -> Result<Self, CardBuildError> {
         let mut placed = Vec::new();
         let mut keys = Vec::new();
@@ -77,11 +96,22 @@ impl Piv {
             keys.push(Key { slot: *slot, index: *index, kind: certificate.kind, algorithm });
             placed.push((*slot, certificate));
         }
-        Ok(Self { objects: object::objects(&placed, id)?, keys })
+        Ok(Self { objects: object::objects(&placed, id)?, keys, writable })
+    }
+
+    /// The key in a slot.
+    fn key(&self, slot: PivSlot, memory: Option<&dyn Writable>) -> Option<Key> {
+        match memory {
+            None => self.keys.iter().find(|key| key.slot == slot).copied(),
+            Some(memory) => {
+                let (index, kind) = memory.key(slot)?;
+                Some(Key { slot, index, kind, algorithm: algorithm(kind)? })
+            }
+        }
     }
 
     /// GET DATA (Part 2 §3.1.2): the body names the object, 5C L tag.
-    fn get_data(&self, command: &Command, verified: bool) -> Outcome {
+    fn get_data(&self, command: &Command, verified: bool, memory: Option<&dyn Writable>) -> Outcome {
         if command.p1p2() != CURRENT_APPLICATION {
             return StatusWord::INCORRECT_P1P2.into();
         }
@@ -92,6 +122,16 @@ impl Piv {
         // First the PIN, so that nobody learns without it whether there is anything.
         if object::needs_pin(tag) && !verified {
             return StatusWord::SECURITY_STATUS_NOT_SATISFIED.into();
+        }
+        if let Some(memory) = memory {
+            match object::writable(tag).and_then(|tag| memory.object(tag)).as_deref() {
+                Some([]) => return StatusWord::NOT_FOUND.into(),
+                Some(written) => return ber(&[0x53], written).into(),
+                None => {}
+            }
+            if let Some(history) = object::written_key_history(tag, &self.objects, memory) {
+                return history.content.into();
+            }
         }
         match self.objects.iter().find(|object| object.tag == tag) {
             Some(object) => object.content.clone().into(),
@@ -114,16 +154,26 @@ impl Applet for Piv {
     }
 
     fn chain_limit(&self, ins: u8) -> usize {
-        if ins == ins::GENERAL_AUTHENTICATE { MAX_CHAIN } else { 0 }
+        match ins {
+            ins::GENERAL_AUTHENTICATE => MAX_CHAIN,
+            ins::PUT_DATA if self.writable => MAX_PUT,
+            _ => 0,
+        }
     }
 
     fn command(&self, command: &Command, session: Session<'_>) -> Outcome {
         match command.ins() {
-            ins::GET_DATA_ODD => self.get_data(command, session.verified),
+            ins::GET_DATA_ODD => self.get_data(command, session.verified, session.memory),
             ins::VERIFY => reference::verify(command, session.verified),
             ins::CHANGE_REFERENCE_DATA => reference::change(command),
             ins::RESET_RETRY_COUNTER => reference::unblock(command),
             ins::GENERAL_AUTHENTICATE => self.general_authenticate(command, session),
+            ins::PUT_DATA if self.writable => {
+                write::put_data(command, session.administrator.is_authenticated())
+            }
+            ins::GENERATE_KEY_PAIR if self.writable => {
+                write::generate(command, session.administrator.is_authenticated())
+            }
             // There are no files: neither the master file nor one named by a path or short identifier.
             ins::SELECT if command.p1() == 0x00 => StatusWord::NOT_FOUND.into(),
             ins::SELECT => StatusWord::INCORRECT_P1P2.into(),

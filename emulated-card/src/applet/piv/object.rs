@@ -3,6 +3,7 @@
 use super::AID;
 use crate::card::CardBuildError;
 use crate::keys::Certificate;
+use crate::keys::writable::Writable;
 use crate::slot::{PivSlot, common_name};
 use crate::state::CardId;
 use crate::tlv::ber;
@@ -51,6 +52,17 @@ pub(super) fn needs_pin(tag: &[u8]) -> bool {
     matches!(tag, [0x5F, 0xC1, last] if protected.contains(last))
 }
 
+/// The last byte of an object's tag, if the object is one that can be written (SP 800-73-4 Part 1 table 3): the discovery
+/// object and the biometric group say what the card can do.
+pub(super) fn writable(tag: &[u8]) -> Option<u8> {
+    match *tag {
+        [0x5F, 0xC1, last @ (CARD_AUTHENTICATION..=FINGERPRINTS | AUTHENTICATION..=PAIRING_CODE)] => {
+            Some(last)
+        }
+        _ => None,
+    }
+}
+
 /// All objects of a card with these certificates.
 pub(super) fn objects(
     certificates: &[(PivSlot, &Certificate)],
@@ -71,8 +83,7 @@ pub(super) fn objects(
         // Mandatory, so OpenSC's tools want one; as nobody signed the objects, it speaks of none.
         object(SECURITY, &[&[0xBA, 0, 0xBB, 0][..], &END].concat()),
         object(PRINTED_INFORMATION, &printed_information(&holder, id)),
-        // On this card, elsewhere, where elsewhere.
-        object(KEY_HISTORY, &[&[0xC1, 1, retired, 0xC2, 1, 0, 0xF3, 0][..], &END].concat()),
+        key_history(retired),
     ];
     for (slot, certificate) in certificates {
         // CertInfo 00: not compressed.
@@ -84,6 +95,22 @@ pub(super) fn objects(
         objects.push(object);
     }
     Ok(objects)
+}
+
+fn key_history(retired: u8) -> Object {
+    // On this card, elsewhere, where elsewhere.
+    object(KEY_HISTORY, &[&[0xC1, 1, retired, 0xC2, 1, 0, 0xF3, 0][..], &END].concat())
+}
+
+/// The key history of a card that was written to, if that is what `tag` means.
+pub(super) fn written_key_history(tag: &[u8], objects: &[Object], memory: &dyn Writable) -> Option<Object> {
+    let is_there = |number: &u8| {
+        let last = KEY_HISTORY + number;
+        let made = || objects.iter().any(|object| object.tag == [0x5F, 0xC1, last]);
+        memory.object(last).map_or_else(made, |written| !written.is_empty())
+    };
+    let retired = || PivSlot::all().filter_map(PivSlot::retired).filter(is_there).max().unwrap_or(0);
+    (tag == [0x5F, 0xC1, KEY_HISTORY]).then(|| key_history(retired()))
 }
 
 fn object(last: u8, content: &[u8]) -> Object {

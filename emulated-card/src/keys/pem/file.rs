@@ -112,7 +112,11 @@ fn certificates_in(path: &Path, text: &[u8]) -> Result<Vec<Vec<u8>>, OpenError> 
     if found.is_empty() { Err(contents(path, "holds no certificate in PEM format")) } else { Ok(found) }
 }
 
-fn key_in(path: &Path, text: &[u8], password: Option<&Secret>) -> Result<PKey<Private>, OpenError> {
+pub(super) fn key_in(
+    path: &Path,
+    text: &[u8],
+    password: Option<&Secret>,
+) -> Result<PKey<Private>, OpenError> {
     let blocks = blocks(path, text)?;
     let mut keys = blocks.iter().filter(|block| block.label.ends_with(b"PRIVATE KEY"));
     let block = keys.next().ok_or_else(|| contents(path, "holds no private key in PEM format"))?;

@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 pub use self::error::OpenError;
 use self::file::Found;
 use super::certificate::{self, PublicKey};
-use super::{Certificate, Curve, KeyError, KeyStore, UnlockError, Unlocked};
+use super::{Certificate, Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 
 /// As many as a PIV card has: four slots and twenty retired keys (SP 800-73-4 Part 1 table 4b).
 const MAX_CERTIFICATES: usize = 24;
@@ -117,27 +117,41 @@ impl PemStore {
     /// # Errors
     /// [`OpenError`], which names the file.
     pub fn open(sources: &[PemSource], password: Option<&Secret>) -> Result<Self, OpenError> {
-        match sources.len() {
-            0 => return Err(OpenError::NoSources),
-            1..=MAX_CERTIFICATES => {}
-            count => return Err(OpenError::TooManySources { count }),
-        }
-        // An empty password is none.
-        let password = password.filter(|password| !password.is_empty());
-        let mut certificates: Vec<Certificate> = Vec::with_capacity(sources.len());
-        let mut keys = Vec::with_capacity(sources.len());
-        for source in sources {
-            let (certificate, key) = open_one(source, password)?;
-            if let Some(at) = certificates.iter().position(|one| one.public_key == certificate.public_key) {
-                let [first, second] = [&sources[at], source].map(|source| source.path().to_owned());
-                return Err(OpenError::KeyTwice { first, second });
-            }
-            certificates.push(certificate);
-            keys.push(key);
-        }
-        tell_apart(&mut certificates, sources);
+        let (certificates, keys) = open_all(sources, password)?;
         Ok(Self { certificates, keys: keys.into() })
     }
+}
+
+/// As [`PemStore::open`]: certificates, and the key of each.
+pub(super) fn open_all(
+    sources: &[PemSource],
+    password: Option<&Secret>,
+) -> Result<(Vec<Certificate>, Vec<Key>), OpenError> {
+    match sources.len() {
+        0 => return Err(OpenError::NoSources),
+        1..=MAX_CERTIFICATES => {}
+        count => return Err(OpenError::TooManySources { count }),
+    }
+    // An empty password is none.
+    let password = password.filter(|password| !password.is_empty());
+    let mut certificates: Vec<Certificate> = Vec::with_capacity(sources.len());
+    let mut keys = Vec::with_capacity(sources.len());
+    for source in sources {
+        let (certificate, key) = open_one(source, password)?;
+        if let Some(at) = certificates.iter().position(|one| one.public_key == certificate.public_key) {
+            let [first, second] = [&sources[at], source].map(|source| source.path().to_owned());
+            return Err(OpenError::KeyTwice { first, second });
+        }
+        certificates.push(certificate);
+        keys.push(key);
+    }
+    tell_apart(&mut certificates, sources);
+    Ok((certificates, keys))
+}
+
+/// The private key, not encrypted, in the text of a PEM file.
+pub(super) fn read_key(path: &Path, text: &[u8]) -> Result<PKey<Private>, OpenError> {
+    file::key_in(path, text, None)
 }
 
 fn open_one(source: &PemSource, password: Option<&Secret>) -> Result<(Certificate, Key), OpenError> {
@@ -205,14 +219,14 @@ impl KeyStore for PemStore {
 }
 
 /// A private key as the operations want it: nothing is decoded or looked up in one.
-enum Key {
+pub(super) enum Key {
     Rsa { key: Rsa<Private>, modulus: Vec<u8> },
     Ec { curve: Curve, signer: EcKey<Private>, deriver: PKey<Private> },
 }
 
 impl Key {
     /// The key as that of a certificate with this public key; `None` if it is another's.
-    fn of(public: &PublicKey, info: &[u8], key: &PKey<Private>) -> Result<Option<Self>, BadKey> {
+    pub(super) fn of(public: &PublicKey, info: &[u8], key: &PKey<Private>) -> Result<Option<Self>, BadKey> {
         match public {
             PublicKey::Rsa { modulus } if key.id() == Id::RSA => {
                 let key = key.rsa()?;
@@ -248,10 +262,67 @@ impl Key {
             _ => Ok(None),
         }
     }
+
+    pub(super) fn kind(&self) -> KeyKind {
+        match self {
+            Self::Rsa { modulus, .. } => KeyKind::Rsa { bits: modulus.len() * 8 },
+            Self::Ec { curve, .. } => KeyKind::Ec(*curve),
+        }
+    }
+
+    /// As [`Unlocked::rsa_raw`].
+    pub(super) fn rsa_raw(&self, block: &[u8]) -> Result<Secret, KeyError> {
+        let Key::Rsa { key, modulus } = self else { return Err(KeyError::Block) };
+        // Of two numbers of equal length, the greater one is the greater string of bytes.
+        if block.len() != modulus.len() || block >= &modulus[..] {
+            return Err(KeyError::Block);
+        }
+        let mut result = Zeroizing::new(vec![0; block.len()]);
+        let written = key.private_encrypt(block, &mut result, Padding::NONE).map_err(failed)?;
+        if written != block.len() {
+            return Err(KeyError::Failed(format!("OpenSSL gave {written} bytes for {}", block.len())));
+        }
+        Ok(Secret::new(std::mem::take(&mut *result)))
+    }
+
+    /// As [`Unlocked::ecdsa`].
+    pub(super) fn ecdsa(&self, digest: &[u8]) -> Result<Vec<u8>, KeyError> {
+        let Key::Ec { curve, signer, .. } = self else { return Err(KeyError::Block) };
+        let length = curve.field_len();
+        if digest.len() > length {
+            return Err(KeyError::Block);
+        }
+        let signature = EcdsaSig::sign(digest, signer).map_err(failed)?;
+        let padded = length as i32;
+        let [r, s] = [signature.r(), signature.s()].map(|number| number.to_vec_padded(padded));
+        Ok([r.map_err(failed)?, s.map_err(failed)?].concat())
+    }
+
+    /// As [`Unlocked::ecdh`].
+    pub(super) fn ecdh(&self, point: &[u8]) -> Result<Secret, KeyError> {
+        let Key::Ec { curve, signer, deriver } = self else { return Err(KeyError::Block) };
+        let length = curve.field_len();
+        if point.len() != 1 + 2 * length || point.first() != Some(&0x04) {
+            return Err(KeyError::Block);
+        }
+        let mut context = BigNumContext::new().map_err(failed)?;
+        // Fails if the point is not on the curve.
+        let point = EcPoint::from_bytes(signer.group(), point, &mut context).map_err(|_| KeyError::Block)?;
+        let peer =
+            EcKey::from_public_key(signer.group(), &point).and_then(PKey::from_ec_key).map_err(failed)?;
+        let mut derivation = Deriver::new(deriver).map_err(failed)?;
+        derivation.set_peer(&peer).map_err(failed)?;
+        let mut shared = Zeroizing::new(vec![0; length]);
+        let written = derivation.derive(&mut shared).map_err(failed)?;
+        if written != length {
+            return Err(KeyError::Failed(format!("OpenSSL gave {written} bytes for {length}")));
+        }
+        Ok(Secret::new(std::mem::take(&mut *shared)))
+    }
 }
 
 /// OpenSSL read something as a key that it cannot be.
-struct BadKey;
+pub(super) struct BadKey;
 
 impl From<ErrorStack> for BadKey {
     fn from(_: ErrorStack) -> Self {
@@ -273,54 +344,19 @@ impl PemLogin {
 
 impl Unlocked for PemLogin {
     fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
-        let Key::Rsa { key, modulus } = self.key(index)? else { return Err(KeyError::Block) };
-        // Of two numbers of equal length, the greater one is the greater string of bytes.
-        if block.len() != modulus.len() || block >= &modulus[..] {
-            return Err(KeyError::Block);
-        }
-        let mut result = Zeroizing::new(vec![0; block.len()]);
-        let written = key.private_encrypt(block, &mut result, Padding::NONE).map_err(failed)?;
-        if written != block.len() {
-            return Err(KeyError::Failed(format!("OpenSSL gave {written} bytes for {}", block.len())));
-        }
-        Ok(Secret::new(std::mem::take(&mut *result)))
+        self.key(index)?.rsa_raw(block)
     }
 
     fn ecdsa(&self, index: usize, digest: &[u8]) -> Result<Vec<u8>, KeyError> {
-        let Key::Ec { curve, signer, .. } = self.key(index)? else { return Err(KeyError::Block) };
-        let length = curve.field_len();
-        if digest.len() > length {
-            return Err(KeyError::Block);
-        }
-        let signature = EcdsaSig::sign(digest, signer).map_err(failed)?;
-        let padded = length as i32;
-        let [r, s] = [signature.r(), signature.s()].map(|number| number.to_vec_padded(padded));
-        Ok([r.map_err(failed)?, s.map_err(failed)?].concat())
+        self.key(index)?.ecdsa(digest)
     }
 
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
-        let Key::Ec { curve, signer, deriver } = self.key(index)? else { return Err(KeyError::Block) };
-        let length = curve.field_len();
-        if point.len() != 1 + 2 * length || point.first() != Some(&0x04) {
-            return Err(KeyError::Block);
-        }
-        let mut context = BigNumContext::new().map_err(failed)?;
-        // Fails if the point is not on the curve.
-        let point = EcPoint::from_bytes(signer.group(), point, &mut context).map_err(|_| KeyError::Block)?;
-        let peer =
-            EcKey::from_public_key(signer.group(), &point).and_then(PKey::from_ec_key).map_err(failed)?;
-        let mut derivation = Deriver::new(deriver).map_err(failed)?;
-        derivation.set_peer(&peer).map_err(failed)?;
-        let mut shared = Zeroizing::new(vec![0; length]);
-        let written = derivation.derive(&mut shared).map_err(failed)?;
-        if written != length {
-            return Err(KeyError::Failed(format!("OpenSSL gave {written} bytes for {length}")));
-        }
-        Ok(Secret::new(std::mem::take(&mut *shared)))
+        self.key(index)?.ecdh(point)
     }
 }
 
-fn failed(errors: ErrorStack) -> KeyError {
+pub(super) fn failed(errors: ErrorStack) -> KeyError {
     KeyError::Failed(errors.to_string())
 }
 

@@ -191,7 +191,8 @@ fn openssl_speed() -> Result<Duration> {
     let text = [said.stdout, said.stderr].concat();
     let text = String::from_utf8_lossy(&text);
     // Signatures, bits, seconds.
-    let line = text.lines().find_map(|line| line.strip_prefix("+R1:")).context("openssl speed said nothing")?;
+    let line =
+        text.lines().find_map(|line| line.strip_prefix("+R1:")).context("openssl speed said nothing")?;
     let fields: Vec<&str> = line.split(':').collect();
     let [count, _, seconds] = fields[..] else { bail!("openssl speed said {line:?}") };
     Ok(Duration::from_secs_f64(seconds.parse::<f64>()? / count.parse::<f64>()?))

@@ -68,7 +68,9 @@ pub(crate) fn measure(
         Runner::new("SELECT, naive card", NAIVE, told("naive")),
         Runner::new("SELECT, our card", ROUND_TRIPS, told("select")),
         Runner::new("RSA-2048, the key alone (PEM)", ROUND_TRIPS, |count| key.run(count)),
-        Runner::new("C_SignInit and C_Sign, OpenSC with our card", SIGNATURES, |count| pkcs11.run("sign", count)),
+        Runner::new("C_SignInit and C_Sign, OpenSC with our card", SIGNATURES, |count| {
+            pkcs11.run("sign", count)
+        }),
     ];
     interleave(&mut runners, rounds)?;
     table("through pcscd and vpcd, µs each", Unit::Micros, &runners);

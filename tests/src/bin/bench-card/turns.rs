@@ -79,10 +79,7 @@ pub(crate) fn table(title: &str, unit: Unit, runners: &[Runner<'_>]) {
         let least = figures.iter().copied().fold(f64::INFINITY, f64::min);
         let most = figures.iter().copied().fold(0.0, f64::max);
         let median = unit.of(runner.time());
-        println!(
-            "{:<60}{median:>10.precision$}{least:>10.precision$}{most:>10.precision$}",
-            runner.what
-        );
+        println!("{:<60}{median:>10.precision$}{least:>10.precision$}{most:>10.precision$}", runner.what);
     }
     println!();
 }
