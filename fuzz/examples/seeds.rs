@@ -1177,6 +1177,7 @@ fn options() -> Vec<Seed> {
     vec![
         ("endpoint-tcp", text("tcp:localhost:2001")),
         ("endpoint-tcp6", text("tcp:[::1]:2001")),
+        ("endpoint-brackets", text("tcp:[[a]]:2001")),
         ("endpoint-tcp-listen", text("tcp-listen:127.0.0.1:0")),
         ("endpoint-unix", text("unix:/run/a,,b.sock")),
         ("endpoint-unix-listen", text("unix-listen:/run/vm1.sock,option")),

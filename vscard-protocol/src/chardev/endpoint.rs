@@ -88,6 +88,9 @@ impl FromStr for Endpoint {
                 if host.is_empty() {
                     return Err(problem("the host is missing".into()));
                 }
+                if host.contains(['[', ']']) {
+                    return Err(problem("a host has no brackets but those around an IPv6 address".into()));
+                }
                 let listen = kind == "tcp-listen";
                 match port.parse() {
                     Ok(port) if listen => Ok(Self::TcpListen { host, port }),
@@ -148,6 +151,7 @@ mod tests {
         assert!(error("unix:").contains("1 to 107 bytes"));
         assert!(error("tcp:::1:80").contains("in brackets"));
         assert!(error("tcp:host:0").contains("port \"0\""));
+        assert!(error("tcp:[[a]]:1").contains("no brackets"));
         assert!(error("tcp:host:99999").contains("port \"99999\""));
         assert!(error("tcp::1").contains("host is missing"));
     }
