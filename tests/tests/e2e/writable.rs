@@ -25,7 +25,8 @@ impl Bench {
     async fn start(algorithm: &str, key: &str, admin: &'static str) -> Result<Self> {
         let pcscd = Pcscd::start().await?;
         for (name, text) in [("pin", PIN), ("admin", key), ("wrong", &key.replace('1', "2"))] {
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(pcscd.path(name))?;
+            let mut file =
+                OpenOptions::new().write(true).create_new(true).mode(0o600).open(pcscd.path(name))?;
             file.write_all(text.as_bytes())?;
         }
         let mut make = pcscd.command(program("vscclient")?);
