@@ -54,7 +54,12 @@ pub(crate) struct Peer {
 
 impl Peer {
     /// `peer.c` with a database.
-    pub(crate) fn start(programs: &Programs, kind: &str, database: &Database, names: &[&str]) -> Result<Self> {
+    pub(crate) fn start(
+        programs: &Programs,
+        kind: &str,
+        database: &Database,
+        names: &[&str],
+    ) -> Result<Self> {
         Self::spawn(Command::new(&programs.peer).arg(kind).arg(database.spec()).args(names))
     }
 

@@ -40,7 +40,9 @@ pub(crate) fn measure(
     // They are quick.
     interleave(&mut runners, 2 * rounds)?;
     table("from the start of the process to the card's first answer, ms", Unit::Millis, &runners);
-    println!("(libcacard knows nothing of vpcd; it is asked within its process, three certificates as with our NSS)\n");
+    println!(
+        "(libcacard knows nothing of vpcd; it is asked within its process, three certificates as with our NSS)\n"
+    );
     Ok(())
 }
 
