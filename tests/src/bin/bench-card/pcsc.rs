@@ -38,8 +38,8 @@ const NAIVE_ATR: [u8; 4] = [0x3B, 0x80, 0x80, 0x01];
 
 const VERIFIED: u32 = 5;
 
-/// Most memory of a process with one card.
-const MOST_KIB: f64 = 12.0 * 1024.0;
+/// Most MiB of a process with one card.
+const MOST: f64 = 12.0;
 
 pub(crate) fn measure(
     programs: &Programs,
@@ -108,11 +108,12 @@ fn on_one_processor(
 
     // To hash the PIN takes 19 MiB, each time.
     client.borrow_mut().run("verify", VERIFIED)?;
-    let after = vscclient.memory_kib("VmRSS:")?;
-    println!("{:<70}{before:>10}", "resident KiB of vscclient with one card, put in");
-    at_most("resident KiB of the same, used as above, PIN verified six times", after as f64, MOST_KIB);
-    println!("{:<70}{:>10}", "  at most, while the PIN was verified", vscclient.memory_kib("VmHWM:")?);
-    println!();
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    println!("{:<70}{:>10.2}", "resident MiB of vscclient with one card, put in", mib(before));
+    let after = mib(vscclient.memory_kib("VmRSS:")?);
+    at_most("resident MiB of the same, used as above, PIN verified six times", after, MOST);
+    let most = mib(vscclient.memory_kib("VmHWM:")?);
+    println!("{:<70}{most:>10.2}\n", "  at most, while the PIN was verified");
     Ok(())
 }
 
