@@ -5,7 +5,10 @@ use std::fmt;
 use argon2::password_hash::{Output, ParamsString, PasswordHash, SaltString};
 use argon2::{ARGON2ID_IDENT, Algorithm, Argon2, Block, Params, Version};
 use vscard_protocol::Secret;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
+
+/// Bytes, more than 32 MiB.
+const MAPPED: usize = 33 * 1024 * 1024;
 
 /// How much a guess is to take.
 #[derive(Clone, Copy)]
@@ -79,12 +82,17 @@ impl fmt::Debug for PinHash {
 fn derive(params: &Params, salt: &SaltString, pin: &Secret, length: usize) -> Result<Secret, String> {
     let mut buffer = [0; 64];
     let salt = salt.decode_b64(&mut buffer).map_err(|error| error.to_string())?;
-    // The crate's own buffer would not be wiped.
-    let mut memory = Zeroizing::new(vec![Block::default(); params.block_count()]);
+    // The crate's own buffer would not be wiped. It is asked for in a size that glibc always maps and unmaps (more than
+    // its DEFAULT_MMAP_THRESHOLD_MAX): with a smaller one, the second VERIFY's memory would stay with the process.
+    // What is not used of it is never resident.
+    let mut memory = Vec::with_capacity(params.block_count().max(MAPPED / size_of::<Block>()));
+    memory.resize(params.block_count(), Block::default());
     let mut output = Zeroizing::new(vec![0; length]);
-    Argon2::new(Algorithm::Argon2id, Version::V0x13, params.clone())
-        .hash_password_into_with_memory(pin.expose(), salt, &mut output, memory.as_mut_slice())
-        .map_err(|error| error.to_string())?;
+    let hashed = Argon2::new(Algorithm::Argon2id, Version::V0x13, params.clone())
+        .hash_password_into_with_memory(pin.expose(), salt, &mut output, memory.as_mut_slice());
+    // Not the vector, which would touch all of it.
+    memory.iter_mut().for_each(Zeroize::zeroize);
+    hashed.map_err(|error| error.to_string())?;
     Ok(Secret::new(std::mem::take(&mut *output)))
 }
 

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::time::{ClockId, clock_gettime};
 
 /// One of those that take turns: operations of each turn, and how long they took.
 pub(crate) struct Runner<'a> {
@@ -28,9 +29,9 @@ impl<'a> Runner<'a> {
         median(self.times.clone())
     }
 
-    /// Operations a second.
-    pub(crate) fn rate(&self) -> f64 {
-        self.time().recip()
+    /// How many times as fast as `other` it is: round by round, when both had the same machine.
+    pub(crate) fn speedup(&self, other: &Self) -> f64 {
+        median(self.times.iter().zip(&other.times).map(|(ours, theirs)| theirs / ours).collect())
     }
 }
 
@@ -103,6 +104,22 @@ pub(crate) fn timed(work: impl FnOnce() -> Result<()>) -> Result<Duration> {
     let start = Instant::now();
     work()?;
     Ok(start.elapsed())
+}
+
+/// How long this thread has to compute for `work`, however many others want its processor.
+pub(crate) fn computed(work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    let now = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime));
+    let start = now()?;
+    work()?;
+    Ok(now()? - start)
+}
+
+/// How long `count` operations would take if each took the median time. One that has to wait for a processor, as the
+/// others of its turn do not, waits for milliseconds.
+pub(crate) fn timed_each(count: u32, mut operation: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let times: Vec<_> = (0..count).map(|_| timed(&mut operation)).collect::<Result<_>>()?;
+    let median = median(times.iter().map(Duration::as_secs_f64).collect());
+    Ok(Duration::from_secs_f64(median * f64::from(count)))
 }
 
 /// Of at least one number.
