@@ -11,13 +11,14 @@ use std::time::{Duration, SystemTime};
 use crate::steps::{self, Failure};
 
 /// Each with what it is for.
-const PACKAGES: [(&str, &str); 24] = [
+const PACKAGES: [(&str, &str); 25] = [
     ("pkg-config", "tells cargo where C libraries are"),
     ("libpcsclite-dev", "PC/SC: real readers of the host, the guest's PC/SC program"),
     ("libnss3-dev", "NSS: certificates and keys of the emulated card"),
     ("libnss3-tools", "certutil and pk12util make databases for tests"),
     ("libssl-dev", "OpenSSL: keys and certificates in PEM and PKCS#12 files"),
     ("vsmartcard-vpcd", "pcscd's virtual reader: cards on the host, without a VM"),
+    ("iproute2", "the loopback of a test's own namespaces"),
     ("softhsm2", "a PKCS#11 token made in software"),
     ("gnutls-bin", "p11tool, one of the programs that use the card in tests"),
     ("libengine-pkcs11-openssl", "openssl with the card in tests"),
@@ -27,7 +28,7 @@ const PACKAGES: [(&str, &str); 24] = [
     ("openssl", "makes keys and certificates for tests, checks signatures in the guest"),
     ("qemu-system-x86", "runs the test guest"),
     ("qemu-system-common", "QEMU's smart card devices, loaded as modules"),
-    ("pcscd", "the guest's PC/SC service"),
+    ("pcscd", "PC/SC service of the guest, and of tests without one"),
     ("libccid", "the guest's driver for USB readers"),
     ("opensc", "the guest's smart card tools"),
     ("opensc-pkcs11", "OpenSC as a PKCS#11 module"),
