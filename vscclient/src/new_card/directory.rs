@@ -19,6 +19,7 @@ use super::card_file::{
 };
 
 pub(super) const CARD_FILE: &str = "card.toml";
+pub(super) const STATE: &str = "state";
 
 impl From<AdminAlgorithm> for ManagementAlgorithm {
     fn from(algorithm: AdminAlgorithm) -> Self {
@@ -142,7 +143,7 @@ impl CardDirectory {
 
     /// Where the card keeps its PIN and its counters.
     pub(crate) fn state(&self) -> StateDirectory {
-        StateDirectory::at(self.path.join("state"))
+        StateDirectory::at(self.path.join(STATE))
     }
 
     /// Claims the card whose identity comes from its keys.
