@@ -51,7 +51,8 @@ pub(crate) enum CardDirectoryError {
     NotWritable(PathBuf),
 }
 
-/// A directory made by `vscclient new-card`. It can be moved and copied: nothing in it names its place.
+/// A directory made by `vscclient new-card`. It can be moved: nothing in it names its place. A copy is the same card, with
+/// the same serial number and PIN tries of its own, so only one of them is to be used.
 #[derive(Debug)]
 pub(crate) struct CardDirectory {
     path: PathBuf,

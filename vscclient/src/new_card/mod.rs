@@ -362,6 +362,9 @@ card-authentication.pem  tells that the card is genuine; its key asks for no PIN
 ca.pem, ca.key           the certification authority
 crl.pem                  its list of revoked certificates
 
+The directory can be moved. A copy of it is the same card: it has the same serial number, and PIN tries of its own.
+Use only one of them.
+
 Everything is for tests: whoever can read the keys has the card.
 ",
             name = self.name
@@ -389,7 +392,9 @@ fn parse_upn(text: &str) -> Result<String, String> {
         Some((user, realm)) if !user.is_empty() && !realm.is_empty() && !realm.contains('@') => {}
         _ => return Err("expected NAME@REALM".into()),
     }
-    if text.len() > MAX_ADDRESS || text.chars().any(|char| char.is_control() || char.is_whitespace()) {
+    if text.len() > MAX_ADDRESS
+        || text.chars().any(|char| card_file::is_control(char) || char.is_whitespace())
+    {
         return Err(format!("expected at most {MAX_ADDRESS} bytes without spaces"));
     }
     Ok(text.to_owned())

@@ -292,14 +292,22 @@ fn names_that_no_certificate_can_hold_are_refused() {
         Cli::try_parse_from([&line[..], more].concat()).map_err(|error| error.to_string())
     };
     assert!(parse(&["--name", "Jane"]).is_ok());
+    // Persian is not written without a character that joins none.
+    assert!(parse(&["--name", "مهدی نیک\u{200C}پور"]).is_ok());
     let (long, address) = ("x".repeat(65), format!("{}@example.com", "x".repeat(120)));
     for wrong in [
         &["--name", ""][..],
         &["--name", "a\nb"],
+        &["--name", "a\u{61C}b"],
+        &["--name", "a\u{200E}b"],
+        &["--name", "a\u{202E}b"],
+        &["--name", "a\u{2028}b"],
+        &["--name", "a\u{2069}b"],
         &["--name", &long],
         &["--name", "J", "--upn", "jane"],
         &["--name", "J", "--upn", "@REALM"],
         &["--name", "J", "--upn", "a b@REALM"],
+        &["--name", "J", "--upn", "a\u{202E}b@REALM"],
         &["--name", "J", "--upn", &address],
         &["--name", "J", "--email", "jäne@example.com"],
         &["--name", "J", "--days", "0"],
