@@ -19,6 +19,7 @@ use super::card_file::{
 };
 
 pub(super) const CARD_FILE: &str = "card.toml";
+pub(super) const STATE: &str = "state";
 
 impl From<AdminAlgorithm> for ManagementAlgorithm {
     fn from(algorithm: AdminAlgorithm) -> Self {
@@ -50,7 +51,8 @@ pub(crate) enum CardDirectoryError {
     NotWritable(PathBuf),
 }
 
-/// A directory made by `vscclient new-card`. It can be moved and copied: nothing in it names its place.
+/// A directory made by `vscclient new-card`. It can be moved: nothing in it names its place. A copy is the same card, with
+/// the same serial number and PIN tries of its own, so only one of them is to be used.
 #[derive(Debug)]
 pub(crate) struct CardDirectory {
     path: PathBuf,
@@ -142,7 +144,7 @@ impl CardDirectory {
 
     /// Where the card keeps its PIN and its counters.
     pub(crate) fn state(&self) -> StateDirectory {
-        StateDirectory::at(self.path.join("state"))
+        StateDirectory::at(self.path.join(STATE))
     }
 
     /// Claims the card whose identity comes from its keys.

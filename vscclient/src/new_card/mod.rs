@@ -1,16 +1,19 @@
 //! `vscclient new-card`: a test card in a directory, with a certification authority of its own.
 
 mod authority;
+mod building;
 mod card_file;
 mod directory;
+mod interrupt;
 mod nss;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::fs::{DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
@@ -28,6 +31,7 @@ use vscard_protocol::Secret;
 use zeroize::Zeroizing;
 
 use self::authority::{Authority, Holder, Purpose, Validity};
+use self::building::Building;
 use self::card_file::{AdminAlgorithm, AdminFile, CardFile, NssFiles, PemFiles, Profile};
 use self::directory::CARD_FILE;
 pub(crate) use self::directory::{CardDirectory, CardDirectoryError};
@@ -141,8 +145,10 @@ pub(crate) enum NewCardError {
     NotEmpty(PathBuf),
     #[error("{path:?}: {source}")]
     Io { path: PathBuf, source: io::Error },
-    #[error("{0:?} is no UTF-8 text, which NSS needs of a path")]
-    NotText(PathBuf),
+    #[error("interrupted, no card was made")]
+    Interrupted,
+    #[error("cannot watch for signals: {0}")]
+    Signals(io::Error),
     #[error("--{option}: {source}")]
     SecretFile { option: &'static str, source: SecretFileError },
     #[error("--pin-file {}: the PIN of a PIV card has 6 to 8 digits (SP 800-73-4 Part 2 §2.4.3)", .0.display())]
@@ -177,15 +183,17 @@ impl NewCard {
     /// Makes the card, all of it or nothing, and says where it is.
     pub(crate) fn run(self) -> Result<String, NewCardError> {
         let secrets = self.secrets()?;
-        let made = claim_directory(&self.directory)?;
-        if let Err(error) = self.fill(&secrets) {
-            // It was empty before. What cannot be removed is left: the error is of more interest.
-            let _ = empty_directory(&self.directory);
-            if made {
-                let _ = fs::remove_dir(&self.directory);
+        interrupt::watched(|interrupted| {
+            let building = Building::begin(&self.directory)?;
+            let filled = self.fill(building.path(), &secrets, interrupted);
+            // A terminal interrupts NSS's tools too, and then they fail.
+            if interrupted.load(Ordering::Relaxed) {
+                return Err(NewCardError::Interrupted);
             }
-            return Err(error);
-        }
+            filled?;
+            building.finish()
+        })
+        .map_err(NewCardError::Signals)??;
         let directory = self.directory.display();
         Ok(format!("{directory} holds a card of {}; {directory}/README.txt says how to use it", self.name))
     }
@@ -213,19 +221,30 @@ impl NewCard {
         Ok(Secrets { pin, puk, admin })
     }
 
-    fn fill(&self, Secrets { pin, puk, admin }: &Secrets) -> Result<(), NewCardError> {
-        let file = |name: &str| self.directory.join(name);
+    /// Makes the card's files in `directory`.
+    fn fill(
+        &self,
+        directory: &Path,
+        Secrets { pin, puk, admin }: &Secrets,
+        interrupted: &AtomicBool,
+    ) -> Result<(), NewCardError> {
+        let file = |name: &str| directory.join(name);
         let authority = Authority::new(self.algorithm, Validity::new(self.days, self.expired))?;
         write(&file("ca.pem"), &authority.certificate.to_pem()?, 0o644)?;
         write(&file("ca.key"), &Zeroizing::new(authority.key.private_key_to_pem_pkcs8()?), 0o600)?;
 
-        let password_file = file(PASSWORD_FILE);
         let database = match self.nss {
-            true => Some(Database::create(&file(DATABASE), &password_file)?),
+            true => Some(Database::create(directory)?),
             false => None,
         };
-        let keys = (0..Purpose::ALL.len()).map(|_| authority::generate(self.algorithm));
-        let keys: Vec<_> = keys.collect::<Result<_, _>>()?;
+        let keys = (0..Purpose::ALL.len()).map(|_| {
+            // A long one takes seconds.
+            if interrupted.load(Ordering::Relaxed) {
+                return Err(NewCardError::Interrupted);
+            }
+            Ok(authority::generate(self.algorithm)?)
+        });
+        let keys: Vec<_> = keys.collect::<Result<_, NewCardError>>()?;
         let holder = Holder {
             name: &self.name,
             upn: self.upn.as_deref(),
@@ -252,7 +271,7 @@ impl NewCard {
             write(&file(ADMIN_KEY_FILE), key.to_hex().expose(), 0o600)?;
         }
         write(&file(CARD_FILE), self.card_file()?.as_bytes(), 0o644)?;
-        self.set_pin(pin, puk.as_ref())?;
+        Self::set_pin(directory, pin, puk.as_ref())?;
         write(&file("README.txt"), self.readme().as_bytes(), 0o644)
     }
 
@@ -286,8 +305,8 @@ impl NewCard {
         Ok(toml::to_string(&card)?)
     }
 
-    fn set_pin(&self, pin: &Secret, puk: Option<&Secret>) -> Result<(), NewCardError> {
-        let card = CardDirectory::open(&self.directory)?;
+    fn set_pin(directory: &Path, pin: &Secret, puk: Option<&Secret>) -> Result<(), NewCardError> {
+        let card = CardDirectory::open(directory)?;
         let (store, password) = card.open_keys()?;
         let claim = card.claim(&CardId::derive(store.certificates(), ""))?;
         ReferenceData::of_card(&card.state(), &claim, Some(pin), puk, password, DEFAULT_TRIES)?;
@@ -343,39 +362,14 @@ card-authentication.pem  tells that the card is genuine; its key asks for no PIN
 ca.pem, ca.key           the certification authority
 crl.pem                  its list of revoked certificates
 
+The directory can be moved. A copy of it is the same card: it has the same serial number, and PIN tries of its own.
+Use only one of them.
+
 Everything is for tests: whoever can read the keys has the card.
 ",
             name = self.name
         )
     }
-}
-
-/// Makes the directory, nobody else's; tells whether it was not there before.
-fn claim_directory(directory: &Path) -> Result<bool, NewCardError> {
-    let fail = |source| NewCardError::Io { path: directory.to_owned(), source };
-    match DirBuilder::new().mode(0o700).create(directory) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            if fs::read_dir(directory).map_err(fail)?.next().is_some() {
-                return Err(NewCardError::NotEmpty(directory.to_owned()));
-            }
-            fs::set_permissions(directory, Permissions::from_mode(0o700)).map_err(fail)?;
-            Ok(false)
-        }
-        Err(error) => Err(fail(error)),
-    }
-}
-
-fn empty_directory(directory: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 fn make_directory(path: &Path) -> Result<(), NewCardError> {
@@ -398,7 +392,9 @@ fn parse_upn(text: &str) -> Result<String, String> {
         Some((user, realm)) if !user.is_empty() && !realm.is_empty() && !realm.contains('@') => {}
         _ => return Err("expected NAME@REALM".into()),
     }
-    if text.len() > MAX_ADDRESS || text.chars().any(|char| char.is_control() || char.is_whitespace()) {
+    if text.len() > MAX_ADDRESS
+        || text.chars().any(|char| card_file::is_control(char) || char.is_whitespace())
+    {
         return Err(format!("expected at most {MAX_ADDRESS} bytes without spaces"));
     }
     Ok(text.to_owned())

@@ -2,7 +2,9 @@
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
+use std::fs::{self, Permissions};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
 use clap::Parser;
@@ -185,16 +187,38 @@ fn expired_and_revoked_certificates_are_refused() {
 
 #[test]
 fn keys_can_be_in_an_nss_database() {
+    for algorithm in ["rsa1024", "p256"] {
+        let place = Place::new();
+        place.new_card(&["--algorithm", algorithm, "--nss"]).unwrap();
+        let files = place.files("card");
+        assert!(!files.contains("authentication.key") && !files.iter().any(|name| name.ends_with("p12")));
+        let (store, password) = place.card().open_keys().unwrap();
+        let names: Vec<_> =
+            store.certificates().iter().map(|certificate| certificate.name.as_str()).collect();
+        assert_eq!(names, NAMES);
+        assert!(store.needs_secret());
+        let keys = store.unlock(&password).unwrap();
+        match algorithm {
+            "rsa1024" => assert_eq!(keys.rsa_raw(3, &[1; 128]).unwrap().len(), 128),
+            _ => assert_eq!(keys.ecdsa(3, &[1; 32]).unwrap().len(), 64),
+        }
+    }
+}
+
+#[test]
+fn no_file_names_the_place_it_was_made_in() {
     let place = Place::new();
-    place.new_card(&["--algorithm", "rsa1024", "--nss"]).unwrap();
-    let files = place.files("card");
-    assert!(!files.contains("authentication.key") && !files.iter().any(|name| name.ends_with("p12")));
-    let (store, password) = place.card().open_keys().unwrap();
-    let names: Vec<_> = store.certificates().iter().map(|certificate| certificate.name.as_str()).collect();
-    assert_eq!(names, NAMES);
-    assert!(store.needs_secret());
-    let block = [1; 128];
-    assert_eq!(store.unlock(&password).unwrap().rsa_raw(3, &block).unwrap().len(), 128);
+    place.new_card(&["--algorithm", "p256", "--nss"]).unwrap();
+    let name = place.0.path().as_os_str().as_bytes();
+    for directory in ["card", "card/nssdb", "card/state"] {
+        for file in place.files(directory) {
+            let path = place.path(directory).join(file);
+            if path.is_file() {
+                let content = fs::read(&path).unwrap();
+                assert!(!content.windows(name.len()).any(|part| part == name), "{path:?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -243,7 +267,7 @@ fn a_directory_with_something_in_it_is_left_alone() {
 #[test]
 fn a_card_that_cannot_be_made_leaves_nothing() {
     let place = Place::new();
-    // NSS takes no such path, which shows when the authority is made already.
+    // NSS takes no such path, which shows when all keys and certificates are made.
     let card = place.0.path().join(OsStr::from_bytes(b"card\xff"));
     let (directory, pin) = (card.as_os_str(), place.path("pin"));
     let line = ["vscclient", "new-card", "--nss", "--algorithm", "rsa1024", "--name", "J", "--pin-file"];
@@ -251,7 +275,8 @@ fn a_card_that_cannot_be_made_leaves_nothing() {
     let fail = || {
         let cli = Cli::try_parse_from(line.clone()).unwrap();
         let Some(Subcommand::NewCard(new_card)) = cli.command else { panic!("another command") };
-        assert!(matches!(new_card.run(), Err(NewCardError::NotText(_))));
+        let error = new_card.run().unwrap_err().to_string();
+        assert!(error.contains("is no UTF-8 text"), "{error}");
     };
     fail();
     assert!(!card.exists());
@@ -267,14 +292,22 @@ fn names_that_no_certificate_can_hold_are_refused() {
         Cli::try_parse_from([&line[..], more].concat()).map_err(|error| error.to_string())
     };
     assert!(parse(&["--name", "Jane"]).is_ok());
+    // Persian is not written without a character that joins none.
+    assert!(parse(&["--name", "مهدی نیک\u{200C}پور"]).is_ok());
     let (long, address) = ("x".repeat(65), format!("{}@example.com", "x".repeat(120)));
     for wrong in [
         &["--name", ""][..],
         &["--name", "a\nb"],
+        &["--name", "a\u{61C}b"],
+        &["--name", "a\u{200E}b"],
+        &["--name", "a\u{202E}b"],
+        &["--name", "a\u{2028}b"],
+        &["--name", "a\u{2069}b"],
         &["--name", &long],
         &["--name", "J", "--upn", "jane"],
         &["--name", "J", "--upn", "@REALM"],
         &["--name", "J", "--upn", "a b@REALM"],
+        &["--name", "J", "--upn", "a\u{202E}b@REALM"],
         &["--name", "J", "--upn", &address],
         &["--name", "J", "--email", "jäne@example.com"],
         &["--name", "J", "--days", "0"],

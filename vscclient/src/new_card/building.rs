@@ -1,0 +1,136 @@
+//! A card that is being made: out of sight until it is whole.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use super::directory::{CARD_FILE, STATE};
+use super::{NewCardError, make_directory};
+
+const PREFIX: &str = ".new-card-";
+
+/// A directory in the card's own, which another maker of a card there has not. It is inside and not beside, so that the
+/// card's directory can be a mount point, the working directory of a shell, or in a directory nobody may write to.
+/// Dropping it removes it, and nothing else: what was put beside it is not ours.
+pub(super) struct Building {
+    card: PathBuf,
+    made: bool,
+    path: PathBuf,
+}
+
+impl Building {
+    /// Makes the card's directory, which may be there if nothing is in it, nobody else's.
+    pub(super) fn begin(card: &Path) -> Result<Self, NewCardError> {
+        let fail = |source| NewCardError::Io { path: card.to_owned(), source };
+        let made = match DirBuilder::new().mode(0o700).create(card) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                check_empty(card)?;
+                // Before there are keys: who could write here could put another directory in this one's place.
+                fs::set_permissions(card, Permissions::from_mode(0o700)).map_err(fail)?;
+                false
+            }
+            Err(error) => return Err(fail(error)),
+        };
+        let mut random = [0; 8];
+        openssl::rand::rand_bytes(&mut random)?;
+        let path = card.join(format!("{PREFIX}{:016x}", u64::from_be_bytes(random)));
+        let building = Self { card: card.to_owned(), made, path };
+        make_directory(&building.path)?;
+        Ok(building)
+    }
+
+    /// Where the card's files are to be made.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the card its place. After `Ok` it survives a power cut.
+    pub(super) fn finish(self) -> Result<(), NewCardError> {
+        let fail = |source| NewCardError::Io { path: self.card.clone(), source };
+        sync(&self.path).map_err(fail)?;
+        check_empty(&self.card)?;
+        let entries = fs::read_dir(&self.path)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>());
+        let mut names = entries.map_err(fail)?;
+        // Of two cards made at once, one comes first: a directory takes the place of none that has files in it. And
+        // where `card.toml` is, the rest is.
+        names.sort_by_key(|name| {
+            if name == STATE {
+                0
+            } else if name == CARD_FILE {
+                2
+            } else {
+                1
+            }
+        });
+        for (at, name) in names.iter().enumerate() {
+            if let Err(error) = fs::rename(self.path.join(name), self.card.join(name)) {
+                for name in names[..at].iter().rev() {
+                    let _ = fs::rename(self.card.join(name), self.path.join(name));
+                }
+                return Err(match error.kind() {
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => {
+                        NewCardError::NotEmpty(self.card.clone())
+                    }
+                    _ => fail(error),
+                });
+            }
+        }
+        sync_directory(&self.card).map_err(fail)?;
+        match self.card.parent() {
+            Some(parent) if self.made => {
+                let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+                sync_directory(parent).map_err(fail)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        // What cannot be removed is left: why no card was made is of more interest.
+        let _ = fs::remove_dir_all(&self.path);
+        if self.made {
+            // Not while it holds the card, or what is not ours.
+            let _ = fs::remove_dir(&self.card);
+        }
+    }
+}
+
+/// What a killed maker of a card left behind, or another one is working in, makes the directory no less empty.
+fn check_empty(card: &Path) -> Result<(), NewCardError> {
+    let fail = |source| NewCardError::Io { path: card.to_owned(), source };
+    for entry in fs::read_dir(card).map_err(fail)? {
+        if !is_building(&entry.map_err(fail)?.file_name()) {
+            return Err(NewCardError::NotEmpty(card.to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn is_building(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(PREFIX.as_bytes())
+}
+
+/// NSS's tools do not do so with all they write.
+fn sync(path: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(path)?.is_dir() {
+        for entry in fs::read_dir(path)? {
+            sync(&entry?.path())?;
+        }
+    }
+    File::open(path)?.sync_all()
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    match File::open(path) {
+        // One that can be searched and not read cannot be opened.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        file => file?.sync_all(),
+    }
+}
