@@ -227,7 +227,7 @@ fn read_written_key(path: &Path) -> Result<Option<Key>, OpenError> {
 fn usable(key: &PKey<Private>) -> Result<(PublicKey, Key), BadKey> {
     let info = key.public_key_to_der()?;
     let public = certificate::parse_public_key(&info).ok_or(BadKey)?;
-    let key = Key::of(&public, &info, key)?.ok_or(BadKey)?;
+    let key = Key::of(&public, key)?.ok_or(BadKey)?;
     Ok((public, key))
 }
 
@@ -297,9 +297,7 @@ impl Writable for WrittenStore {
         let (public, usable) =
             usable(&key).map_err(|BadKey| WriteError::Key("OpenSSL made another kind of key".into()))?;
         let public = match public {
-            PublicKey::Rsa { modulus } => {
-                NewKey::Rsa { modulus, exponent: key.rsa().map_err(failed)?.e().to_vec() }
-            }
+            PublicKey::Rsa { modulus, exponent } => NewKey::Rsa { modulus, exponent },
             PublicKey::Ec { point, .. } => NewKey::Ec { point },
         };
         self.write(&key_file(slot), &text)?;
