@@ -11,6 +11,7 @@ use crate::state::{CardClaim, CardId, Contents, LockedRecord, Record, StateDirec
 
 mod hash;
 mod secret_file;
+mod turns;
 
 use hash::Cost;
 pub(crate) use hash::PinHash;
