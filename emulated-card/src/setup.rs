@@ -98,7 +98,7 @@ pub struct CardSetup {
     /// Tries of the PIN that the guest cannot use; by default 1 for a token, and 0 for others.
     pub keep_tries: Option<u8>,
     /// Where its state is kept, if not with the user's other cards, and under which name instead of the path of its
-    /// keys.
+    /// keys. Such a card has a PIN of its own, which it is given when it is made.
     pub state: Option<(StateDirectory, PathBuf)>,
     /// For a card of files, which shows itself as a PIV card only.
     pub written: Option<Written>,
@@ -181,6 +181,21 @@ pub enum SetupError {
     /// A card with its state in a directory of its own is open elsewhere.
     #[error("this card is in use already, by another process; new-card makes another one")]
     DirectoryInUse,
+    /// A card with its state in a directory of its own has none there, or none with a PIN.
+    #[error("the PIN of this card is lost: it was in {}; new-card makes another card", .0.display())]
+    PinLost(PathBuf),
+    /// A card with its state in a directory of its own has one there that cannot be believed.
+    #[error(
+        "the state file {} {what}, so no PIN is accepted; if it cannot be mended, the card's PIN is lost with it, \
+         and new-card makes another card",
+        path.display()
+    )]
+    DirectoryDamaged {
+        /// The state file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// The certificates do not make a card.
     #[error(transparent)]
     Card(#[from] CardBuildError),
@@ -309,11 +324,7 @@ impl CardSetup {
         let Opened { store, written, place } = self.open_store()?;
         let id = CardId::derive(store.certificates(), &self.card_name);
         let directory = self.state_directory()?;
-        let claim = directory.claim(&place, &id).map_err(|error| match error {
-            // Its place is no path that the user knows, and it has no other name.
-            StateError::InUse { .. } if self.state.is_some() => SetupError::DirectoryInUse,
-            error => error.into(),
-        })?;
+        let claim = directory.claim(&place, &id).map_err(|error| self.state_error(error))?;
         if let Some(written) = written {
             written.read_written()?;
         }
@@ -348,8 +359,12 @@ impl CardSetup {
         if database.is_none() || !self.certificates.is_empty() {
             let Opened { store, place, .. } = self.open_store()?;
             let id = CardId::derive(store.certificates(), &self.card_name);
-            if ReferenceData::reset_card_tries(&directory, &place, &id)? {
+            let reset = ReferenceData::reset_card_tries(&directory, &place, &id);
+            if reset.map_err(|error| self.state_error(error))? {
                 return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
+            }
+            if self.state.is_some() {
+                return Err(SetupError::PinLost(directory.path().to_owned()));
             }
             if database.is_none() {
                 return Err(SetupError::NothingToUnlock(place));
@@ -364,6 +379,18 @@ impl CardSetup {
 
     fn state_directory(&self) -> Result<StateDirectory, StateError> {
         self.state.as_ref().map_or_else(StateDirectory::of_user, |(directory, _)| Ok(directory.clone()))
+    }
+
+    /// A card in a directory of its own has other ways out: its place is no path that the user knows, it has no other
+    /// name, and there are no options that would give it another PIN.
+    fn state_error(&self, error: StateError) -> SetupError {
+        match error {
+            StateError::InUse { .. } if self.state.is_some() => SetupError::DirectoryInUse,
+            StateError::Damaged { path, what } if self.state.is_some() => {
+                SetupError::DirectoryDamaged { path, what }
+            }
+            error => error.into(),
+        }
     }
 
     fn open_store(&self) -> Result<Opened, SetupError> {
@@ -389,7 +416,7 @@ impl CardSetup {
                     .map(|file| self.read_secret("password-file", file))
                     .transpose()?;
                 let encrypted = |source| match source {
-                    pem::OpenError::PasswordNeeded { .. } => {
+                    pem::OpenError::PasswordNeeded { .. } if self.state.is_none() => {
                         SetupError::Encrypted { source, prefix: self.prefix }
                     }
                     source => source.into(),
@@ -545,6 +572,9 @@ impl CardSetup {
                 }
             }
             return Ok(reference);
+        }
+        if self.state.is_some() {
+            return Err(SetupError::PinLost(directory.path().to_owned()));
         }
         if self.puk_file.is_some() {
             return Err(SetupError::PukUnused(prefix));

@@ -71,3 +71,26 @@ fn what_is_written_is_read_by_who_has_the_card() {
     fs::remove_file(directory.path("written/9a.key")).unwrap();
     directory.open().unwrap();
 }
+
+/// What is said of it leads to something that can be done.
+#[test]
+fn a_directory_that_lost_its_pin_says_so() {
+    let directory = Directory::new();
+    let says = |what: &str| {
+        for error in [directory.open().err(), directory.setup().unlock().err()] {
+            let error = error.unwrap().to_string();
+            assert!(error.contains(what) && error.contains("new-card"), "{error}");
+            for option in ["pin-file", "no-pin", "password-file", "name its certificates", "card-name"] {
+                assert!(!error.contains(option), "{error}");
+            }
+        }
+    };
+    let file = fs::read_dir(directory.path("state")).unwrap().map(|entry| entry.unwrap().path());
+    let file = file.into_iter().find(|path| path.extension().is_some_and(|name| name == "state")).unwrap();
+    fs::write(&file, "rubbish").unwrap();
+    says(file.to_str().unwrap());
+    fs::remove_file(&file).unwrap();
+    says(directory.path("state").to_str().unwrap());
+    fs::remove_dir_all(directory.path("state")).unwrap();
+    says(directory.path("state").to_str().unwrap());
+}
