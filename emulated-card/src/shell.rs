@@ -41,6 +41,7 @@ struct Shared {
     mailbox: Mutex<Mailbox>,
     changed: Condvar,
     presence: watch::Sender<Presence>,
+    failed: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -91,6 +92,7 @@ impl CardSlot {
             mailbox: Mutex::new(Mailbox { claim, ..Mailbox::default() }),
             changed: Condvar::new(),
             presence: watch::Sender::new(Presence::Absent),
+            failed: watch::Sender::new(false),
         });
         let worker = Worker { core: card, shared: Arc::clone(&shared) };
         std::thread::Builder::new().name("card".into()).spawn(move || worker.run())?;
@@ -117,6 +119,13 @@ impl CardSlot {
     /// on changes nothing any more.
     pub fn remove(&self) {
         self.shared.remove(&mut self.shared.lock());
+    }
+
+    /// Waits until a fault in the program or in its libraries (a panic) has taken the card away for good: nothing can be
+    /// inserted here any more. For ever if there is none.
+    pub async fn failed(&self) {
+        // It ends with an error only when the sender is gone, which is in this slot.
+        let _ = self.shared.failed.subscribe().wait_for(|failed| *failed).await;
     }
 
     /// Whether a verified PIN is forgotten after that long without a command, and after how long.
@@ -297,6 +306,12 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.shared.lock().working = false;
         self.shared.close();
+        if std::thread::panicking() {
+            tracing::error!(
+                "a fault in this program took the card away: it cannot be used before a new start"
+            );
+            self.shared.failed.send_replace(true);
+        }
     }
 }
 

@@ -68,7 +68,7 @@ Exit status:
   0  ended by the user (SIGINT, SIGTERM or exit), the card taken out of the guest if it was in
   1  ended by a second signal, without waiting for the guest
   2  the command line is wrong
-  3  the card cannot be made: keys, certificate, PIN or state
+  3  the card cannot be made: keys, certificate, PIN or state; or it was lost by a fault of vscclient
   4  the connection failed or was lost, with --no-reconnect
   5  the endpoint cannot be used at all";
 
