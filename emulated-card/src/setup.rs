@@ -98,7 +98,7 @@ pub struct CardSetup {
     /// Tries of the PIN that the guest cannot use; by default 1 for a token, and 0 for others.
     pub keep_tries: Option<u8>,
     /// Where its state is kept, if not with the user's other cards, and under which name instead of the path of its
-    /// keys.
+    /// keys. Such a card has a PIN of its own, which it is given when it is made.
     pub state: Option<(StateDirectory, PathBuf)>,
     /// For a card of files, which shows itself as a PIV card only.
     pub written: Option<Written>,
@@ -135,7 +135,8 @@ pub struct RawSetup {
     pub keep_tries: Option<u8>,
 }
 
-/// A card, and its claim on its identity, which it keeps as long as this or a clone of it lives.
+/// A card, and its claim on its identity, which it keeps as long as this or a clone of it lives, and what it is about
+/// is not done.
 #[derive(Clone)]
 pub struct OpenCard {
     /// Where the card is powered.
@@ -143,7 +144,6 @@ pub struct OpenCard {
     /// The slot of a card that can be inserted and removed here, not inserted yet; a token or a card in a host
     /// reader comes and goes by itself.
     pub slot: Option<Arc<CardSlot>>,
-    _claim: Option<Arc<CardClaim>>,
 }
 
 /// Why there is no card. The messages name the option, file or directory.
@@ -181,6 +181,21 @@ pub enum SetupError {
     /// A card with its state in a directory of its own is open elsewhere.
     #[error("this card is in use already, by another process; new-card makes another one")]
     DirectoryInUse,
+    /// A card with its state in a directory of its own has none there, or none with a PIN.
+    #[error("the PIN of this card is lost: it was in {}; new-card makes another card", .0.display())]
+    PinLost(PathBuf),
+    /// A card with its state in a directory of its own has one there that cannot be believed.
+    #[error(
+        "the state file {} {what}, so no PIN is accepted; if it cannot be mended, the card's PIN is lost with it, \
+         and new-card makes another card",
+        path.display()
+    )]
+    DirectoryDamaged {
+        /// The state file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// The certificates do not make a card.
     #[error(transparent)]
     Card(#[from] CardBuildError),
@@ -288,6 +303,8 @@ pub enum SetupError {
 /// A key store, and the path by which its cards' state is found.
 struct Opened {
     store: Arc<dyn KeyStore>,
+    /// The same store, if what was written to it is yet to be read, which only the card's claim allows.
+    written: Option<Arc<WrittenStore>>,
     place: PathBuf,
 }
 
@@ -304,14 +321,13 @@ impl CardSetup {
         if let Keys::Token { modules, db, token } = &self.keys {
             return self.open_token(modules, db.as_deref(), token.clone());
         }
-        let Opened { store, place } = self.open_store()?;
+        let Opened { store, written, place } = self.open_store()?;
         let id = CardId::derive(store.certificates(), &self.card_name);
         let directory = self.state_directory()?;
-        let claim = directory.claim(&place, &id).map_err(|error| match error {
-            // Its place is no path that the user knows, and it has no other name.
-            StateError::InUse { .. } if self.state.is_some() => SetupError::DirectoryInUse,
-            error => error.into(),
-        })?;
+        let claim = directory.claim(&place, &id).map_err(|error| self.state_error(error))?;
+        if let Some(written) = written {
+            written.read_written()?;
+        }
         let reference = self.reference_data(&*store, &place, &directory, &claim)?;
         // Known now rather than when the user wonders why no PIN is right.
         match reference.tries_left() {
@@ -321,11 +337,11 @@ impl CardSetup {
         }
         // The identity it had the first time.
         let card = self.make(store, reference, claim.id().clone())?;
-        let slot = CardSlot::new(card).map_err(SetupError::Thread)?;
+        let slot = CardSlot::claimed(card, claim).map_err(SetupError::Thread)?;
         slot.forget_pin(self.forget_pin);
         let slot = Arc::new(slot);
         let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0));
-        Ok(OpenCard { source, slot: Some(slot), _claim: Some(Arc::new(claim)) })
+        Ok(OpenCard { source, slot: Some(slot) })
     }
 
     /// Gives a blocked PIN (and PUK) all its tries back, even while the card is open; says what was done. A card with
@@ -341,10 +357,14 @@ impl CardSetup {
             Keys::Files(_) => None,
         };
         if database.is_none() || !self.certificates.is_empty() {
-            let Opened { store, place } = self.open_store()?;
+            let Opened { store, place, .. } = self.open_store()?;
             let id = CardId::derive(store.certificates(), &self.card_name);
-            if ReferenceData::reset_card_tries(&directory, &place, &id)? {
+            let reset = ReferenceData::reset_card_tries(&directory, &place, &id);
+            if reset.map_err(|error| self.state_error(error))? {
                 return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
+            }
+            if self.state.is_some() {
+                return Err(SetupError::PinLost(directory.path().to_owned()));
             }
             if database.is_none() {
                 return Err(SetupError::NothingToUnlock(place));
@@ -361,6 +381,18 @@ impl CardSetup {
         self.state.as_ref().map_or_else(StateDirectory::of_user, |(directory, _)| Ok(directory.clone()))
     }
 
+    /// A card in a directory of its own has other ways out: its place is no path that the user knows, it has no other
+    /// name, and there are no options that would give it another PIN.
+    fn state_error(&self, error: StateError) -> SetupError {
+        match error {
+            StateError::InUse { .. } if self.state.is_some() => SetupError::DirectoryInUse,
+            StateError::Damaged { path, what } if self.state.is_some() => {
+                SetupError::DirectoryDamaged { path, what }
+            }
+            error => error.into(),
+        }
+    }
+
     fn open_store(&self) -> Result<Opened, SetupError> {
         let mut opened = self.open_keys()?;
         if let Some((_, name)) = &self.state {
@@ -375,7 +407,7 @@ impl CardSetup {
                 let names: Vec<_> = self.certificates.iter().map(|wanted| wanted.name.clone()).collect();
                 let store = NssDatabase::open(db, &names)?;
                 let place = store.path().to_owned();
-                Ok(Opened { store: Arc::new(store), place })
+                Ok(Opened { store: Arc::new(store), written: None, place })
             }
             Keys::Files(sources) => {
                 let password = self
@@ -384,20 +416,24 @@ impl CardSetup {
                     .map(|file| self.read_secret("password-file", file))
                     .transpose()?;
                 let encrypted = |source| match source {
-                    pem::OpenError::PasswordNeeded { .. } => {
+                    pem::OpenError::PasswordNeeded { .. } if self.state.is_none() => {
                         SetupError::Encrypted { source, prefix: self.prefix }
                     }
                     source => source.into(),
                 };
+                let mut unread = None;
                 let store: Arc<dyn KeyStore> = match &self.written {
                     None => Arc::new(PemStore::open(sources, password.as_ref()).map_err(encrypted)?),
-                    Some(written) => Arc::new(self.open_written(sources, password.as_ref(), written)?),
+                    Some(written) => {
+                        let store = Arc::new(self.open_written(sources, password.as_ref(), written)?);
+                        unread.insert(store).clone()
+                    }
                 };
                 // There is one, or it would not have opened.
                 let first = sources.first().map(|source| match source {
                     PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => path.as_path(),
                 });
-                Ok(Opened { store, place: canonical(first.unwrap_or(Path::new("")))? })
+                Ok(Opened { store, written: unread, place: canonical(first.unwrap_or(Path::new("")))? })
             }
             Keys::Token { .. } => Err(SetupError::TokenCounts),
         }
@@ -413,7 +449,7 @@ impl CardSetup {
             Some((file, algorithm)) => Some(ManagementKey::read(file, *algorithm)?),
             None => None,
         };
-        Ok(WrittenStore::open(sources, password, &self.explicit(), directory.clone(), management)?)
+        Ok(WrittenStore::as_made(sources, password, &self.explicit(), directory.clone(), management)?)
     }
 
     fn open_token(
@@ -449,7 +485,7 @@ impl CardSetup {
             tracing::info!("no token is in that would do; the card comes with it");
         }
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
-        Ok(OpenCard { source, slot: None, _claim: None })
+        Ok(OpenCard { source, slot: None })
     }
 
     /// The slots that were asked for.
@@ -537,6 +573,9 @@ impl CardSetup {
             }
             return Ok(reference);
         }
+        if self.state.is_some() {
+            return Err(SetupError::PinLost(directory.path().to_owned()));
+        }
         if self.puk_file.is_some() {
             return Err(SetupError::PukUnused(prefix));
         }
@@ -580,7 +619,7 @@ impl RawSetup {
     pub fn open(&self) -> Result<OpenCard, SetupError> {
         let card = PcscSource::open(self.config.clone()).map_err(SetupError::Thread)?;
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
-        Ok(OpenCard { source, slot: None, _claim: None })
+        Ok(OpenCard { source, slot: None })
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::{oneshot, watch};
 use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch, Response};
 
 use crate::card::{EmulatedCard, Step};
+use crate::state::CardClaim;
 
 /// A card and the slot it is in. Dropping it removes the card for good.
 ///
@@ -40,6 +41,7 @@ struct Shared {
     mailbox: Mutex<Mailbox>,
     changed: Condvar,
     presence: watch::Sender<Presence>,
+    failed: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -57,6 +59,10 @@ struct Mailbox {
     command: Option<(Command, oneshot::Sender<Response>)>,
     forget_after: Option<Duration>,
     closed: bool,
+    /// Whether the worker is about a command, which may write to the card.
+    working: bool,
+    /// Kept until the slot is closed and the worker writes no more.
+    claim: Option<CardClaim>,
 }
 
 struct Session {
@@ -71,11 +77,22 @@ impl CardSlot {
     /// # Errors
     /// The system has no thread to give.
     pub fn new(card: EmulatedCard) -> io::Result<Self> {
+        Self::start(card, None)
+    }
+
+    /// As [`new`](Self::new), for a card that nobody else may have as long as this one can write.
+    #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+    pub(crate) fn claimed(card: EmulatedCard, claim: CardClaim) -> io::Result<Self> {
+        Self::start(card, Some(claim))
+    }
+
+    fn start(card: EmulatedCard, claim: Option<CardClaim>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             atr: card.atr().clone(),
-            mailbox: Mutex::default(),
+            mailbox: Mutex::new(Mailbox { claim, ..Mailbox::default() }),
             changed: Condvar::new(),
             presence: watch::Sender::new(Presence::Absent),
+            failed: watch::Sender::new(false),
         });
         let worker = Worker { core: card, shared: Arc::clone(&shared) };
         std::thread::Builder::new().name("card".into()).spawn(move || worker.run())?;
@@ -102,6 +119,13 @@ impl CardSlot {
     /// on changes nothing any more.
     pub fn remove(&self) {
         self.shared.remove(&mut self.shared.lock());
+    }
+
+    /// Waits until a fault in the program or in its libraries (a panic) has taken the card away for good: nothing can be
+    /// inserted here any more. For ever if there is none.
+    pub async fn failed(&self) {
+        // It ends with an error only when the sender is gone, which is in this slot.
+        let _ = self.shared.failed.subscribe().wait_for(|failed| *failed).await;
     }
 
     /// Whether a verified PIN is forgotten after that long without a command, and after how long.
@@ -177,6 +201,10 @@ impl Shared {
         let mut mailbox = self.lock();
         mailbox.closed = true;
         self.remove(&mut mailbox);
+        if !mailbox.working {
+            // Here rather than when the worker has ended: whoever dropped the slot can have the card again at once.
+            mailbox.claim = None;
+        }
         self.changed.notify_all();
     }
 }
@@ -225,6 +253,7 @@ impl Worker {
 
     fn next(&self) -> Task {
         let mut mailbox = self.shared.lock();
+        mailbox.working = false;
         let idle_since = since_boot();
         loop {
             if mailbox.reset {
@@ -242,6 +271,7 @@ impl Worker {
                 _ => None,
             };
             if let Some((command, reply)) = mailbox.command.take() {
+                mailbox.working = true;
                 return Task::Command(command, reply);
             }
             if mailbox.closed {
@@ -274,7 +304,14 @@ fn since_boot() -> Duration {
 impl Drop for Worker {
     /// Also when a key store panicked: then the card is gone, and nobody waits for its answers.
     fn drop(&mut self) {
+        self.shared.lock().working = false;
         self.shared.close();
+        if std::thread::panicking() {
+            tracing::error!(
+                "a fault in this program took the card away: it cannot be used before a new start"
+            );
+            self.shared.failed.send_replace(true);
+        }
     }
 }
 
@@ -341,4 +378,86 @@ async fn or_removed<T>(
         Pin::new(&mut *answer).poll(context).map(|answer| answer.map_err(|_| CardError::Removed))
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+    use vscard_protocol::Secret;
+
+    use super::*;
+    use crate::card::{CardOptions, Profile};
+    use crate::keys::{Certificate, KeyKind, KeyStore, UnlockError, Unlocked};
+    use crate::pin::ReferenceData;
+    use crate::state::{CardId, StateDirectory, StateError};
+
+    /// A store that says when a PIN is compared, and waits until it may go on.
+    struct Slow {
+        certificates: Vec<Certificate>,
+        entered: SyncSender<()>,
+        leave: Mutex<Receiver<()>>,
+    }
+
+    impl KeyStore for Slow {
+        fn certificates(&self) -> &[Certificate] {
+            &self.certificates
+        }
+
+        fn needs_secret(&self) -> bool {
+            true
+        }
+
+        fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+            self.entered.send(()).unwrap();
+            self.leave.lock().unwrap().recv().unwrap();
+            Err(UnlockError::Wrong)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_card_is_claimed_until_it_has_done_what_it_is_about() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = StateDirectory::at(place.path().join("state"));
+        let certificate = Certificate {
+            name: "any".into(),
+            der: b"any".to_vec(),
+            public_key: b"any".to_vec(),
+            kind: KeyKind::Rsa { bits: 1024 },
+        };
+        let id = CardId::derive(std::slice::from_ref(&certificate), "");
+        let claim = || directory.claim("/any".as_ref(), &id);
+        let start = |entered, leave| {
+            let certificates = vec![certificate.clone()];
+            let store = Arc::new(Slow { certificates, entered, leave: Mutex::new(leave) });
+            let options = CardOptions { profile: Profile::Piv, slots: vec![("9a".parse().unwrap(), 0)] };
+            let reference = Arc::new(ReferenceData::in_memory(3));
+            let card = EmulatedCard::new(store, reference, id.clone(), options, Box::new(|_| {})).unwrap();
+            CardSlot::start(card, Some(claim().unwrap())).unwrap()
+        };
+
+        let ((entered, has_entered), (leave, may_leave)) = (sync_channel(1), sync_channel(1));
+        let slot = start(entered, may_leave);
+        let mut card = slot.power_on(slot.insert()).await.unwrap();
+        let verify = Command::parse(b"\x00\x20\x00\x80\x08123456\xFF\xFF").unwrap();
+        let mut answer = pin!(card.transmit(&verify));
+        poll_fn(|context| {
+            assert!(answer.as_mut().poll(context).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        has_entered.recv().unwrap();
+        drop(slot);
+        assert!(matches!(answer.await, Err(CardError::Removed)));
+        assert!(matches!(claim(), Err(StateError::InUse { .. })));
+        leave.send(()).unwrap();
+        // The store is gone when the thread is.
+        assert!(has_entered.recv().is_err());
+        claim().unwrap();
+
+        let ((entered, _), (_, may_leave)) = (sync_channel(1), sync_channel(1));
+        drop(start(entered, may_leave));
+        claim().unwrap();
+    }
 }

@@ -224,6 +224,10 @@ async fn a_store_that_panics_takes_the_card_with_it_and_nobody_else() {
     assert_eq!(card.transmit(&sign(0xAA)).await.err(), Some(CardError::Removed));
     drop(card);
     assert_eq!(slot.power_on(insertion).await.err(), Some(CardError::Removed));
+    // Who serves the card learns that there will be none again.
+    slot.failed().await;
+    slot.insert();
+    assert_eq!(slot.presence().get(), Presence::Absent);
 }
 
 /// Needs no runtime: any executor that polls will do.

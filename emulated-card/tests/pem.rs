@@ -384,6 +384,59 @@ fn a_key_that_others_can_read_is_refused() {
     files.store("card");
 }
 
+/// DER of a tag with these contents.
+fn der(tag: u8, contents: &[&[u8]]) -> Vec<u8> {
+    let contents = contents.concat();
+    let [high, low] = u16::try_from(contents.len()).unwrap().to_be_bytes();
+    let header = match contents.len() {
+        0..=127 => vec![tag, low],
+        128..=255 => vec![tag, 0x81, low],
+        _ => vec![tag, 0x82, high, low],
+    };
+    [header, contents].concat()
+}
+
+/// A certificate as this program looks at it, with an RSAPublicKey of these numbers.
+fn rsa_certificate(numbers: &[&[u8]]) -> Vec<u8> {
+    // rsaEncryption, and NULL.
+    let algorithm = der(0x30, &[b"\x06\x09\x2A\x86\x48\x86\xF7\x0D\x01\x01\x01\x05\x00"]);
+    let key = der(0x03, &[&[0], &der(0x30, numbers)]);
+    let time = |time: &[u8]| der(0x17, &[time]);
+    let validity = der(0x30, &[&time(b"260101000000Z"), &time(b"280101000000Z")]);
+    let (nobody, serial, public_key) = (der(0x30, &[]), der(0x02, &[&[1]]), der(0x30, &[&algorithm, &key]));
+    let signed = der(0x30, &[&serial, &algorithm, &nobody, &validity, &nobody, &public_key]);
+    der(0x30, &[&signed, &algorithm, &der(0x03, &[&[0, 1]])])
+}
+
+/// The private key would be used with a modulus that it does not have.
+#[test]
+fn a_certificate_is_the_keys_by_its_numbers() {
+    let files = Files::new(&[("card", "rsa:2048")]);
+    let own = files.openssl("rsa -in card.key -RSAPublicKey_out -outform DER");
+    // SEQUENCE (30 82 xx xx) of the two.
+    let numbers = &own[4..];
+    let shorter = der(0x02, &[&[0], &[0xFF; 128]]);
+    let opens = |numbers: &[&[u8]]| {
+        fs::write(files.path("made.der"), rsa_certificate(numbers)).unwrap();
+        files.openssl("base64 -in made.der -out made.b64");
+        let body = fs::read_to_string(files.path("made.b64")).unwrap();
+        fs::write(
+            files.path("made.crt"),
+            format!("-----BEGIN CERTIFICATE-----\n{body}-----END CERTIFICATE-----\n"),
+        )
+        .unwrap();
+        files.open(files.pem("made.crt", "card.key"), None).map(|store| store.certificates()[0].kind)
+    };
+    assert_eq!(opens(&[numbers]).unwrap(), KeyKind::Rsa { bits: 2048 });
+    let modulus = &numbers[..4 + 257];
+    assert!(matches!(opens(&[modulus, &der(0x02, &[&[3]])]), Err(OpenError::Mismatch { .. })));
+    // These end as the key's own does.
+    let exponent = der(0x02, &[&[1], &own]);
+    assert!(matches!(opens(&[&shorter, &exponent]), Err(OpenError::Mismatch { .. })));
+    assert!(matches!(opens(&[&shorter, &own]), Err(OpenError::Contents { .. })));
+    assert!(matches!(opens(&[numbers, &own]), Err(OpenError::Contents { .. })));
+}
+
 #[test]
 fn many_certificates_keep_their_order_and_have_names_of_their_own() {
     let files = Files::new(&[("a", "P-256"), ("b", "P-256"), ("c", "rsa:1024")]);

@@ -197,6 +197,8 @@ impl Model {
                 if right {
                     self.pin = unpadded(&data[8..]).to_vec();
                     self.tries.left = self.tries.most;
+                }
+                if status != StatusWord::AUTHENTICATION_BLOCKED {
                     self.logout();
                 }
             }

@@ -68,7 +68,7 @@ Exit status:
   0  ended by the user (SIGINT, SIGTERM or exit), the card taken out of the guest if it was in
   1  ended by a second signal, without waiting for the guest
   2  the command line is wrong
-  3  the card cannot be made: keys, certificate, PIN or state
+  3  the card cannot be made: keys, certificate, PIN or state; or it was lost by a fault of vscclient
   4  the connection failed or was lost, with --no-reconnect
   5  the endpoint cannot be used at all";
 
@@ -135,9 +135,10 @@ pub(crate) struct Unlock {
 impl Unlock {
     pub(crate) fn run(self) -> Result<String, String> {
         let setup = match self.directory {
-            Some(directory) => CardDirectory::open(&directory).map_err(|error| error.to_string())?.setup(),
-            None => self.card.setup(),
-        };
+            Some(directory) => CardDirectory::open(&directory).and_then(|card| card.setup()),
+            None => Ok(self.card.setup()),
+        }
+        .map_err(|error| error.to_string())?;
         setup.unlock().map_err(|error| error.to_string())
     }
 }
@@ -179,9 +180,10 @@ impl Directory {
     pub(crate) fn card(&self) -> Result<CardSpec, String> {
         let directory = CardDirectory::open(&self.directory).map_err(|error| error.to_string())?;
         let setup = match self.writable {
-            true => directory.writable().map_err(|error| error.to_string())?,
+            true => directory.writable(),
             false => directory.setup(),
-        };
+        }
+        .map_err(|error| error.to_string())?;
         Ok(CardSpec { reader: directory.name().to_owned(), card: Wish::Made(Box::new(setup)) })
     }
 }

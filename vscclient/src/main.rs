@@ -90,7 +90,11 @@ fn serve(spec: &CardSpec, connection: &Connection) -> ExitCode {
     let end = runtime.block_on(async {
         let channel = Channel::open(endpoint, connection.plaintext()).await;
         match channel {
-            Ok(channel) => run(channel, card, spec, connection, level).await,
+            // With the connection, the guest or pcscd loses a card that is no more.
+            Ok(channel) => tokio::select! {
+                end = run(channel, card.clone(), spec, connection, level) => end,
+                () = failed(&card) => End::CardFailed,
+            },
             Err(error) => End::Unusable(error),
         }
     });
@@ -100,6 +104,14 @@ fn serve(spec: &CardSpec, connection: &Connection) -> ExitCode {
         End::Left => ExitCode::SUCCESS,
         End::Disconnected => ExitCode::from(DISCONNECTED),
         End::Unusable(error) => fail(UNUSABLE, &error.to_string()),
+        End::CardFailed => fail(NO_CARD, "the card is gone by a fault in vscclient or its libraries"),
+    }
+}
+
+async fn failed(card: &OpenCard) {
+    match &card.slot {
+        Some(slot) => slot.failed().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -33,6 +33,8 @@ pub(crate) enum End {
     Disconnected,
     /// The endpoint is of no use.
     Unusable(ChannelError),
+    /// The card is gone by a fault of ours, and cannot come again.
+    CardFailed,
 }
 
 /// Runs until the user leaves, or the first loss if `reconnect` is not wanted.

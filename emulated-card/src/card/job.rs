@@ -98,8 +98,9 @@ impl Job {
             }
             Work::ChangePuk { old, new } => (login, empty(reference.change_puk(&old, &new))),
             Work::Unblock { puk, new } => match reference.unblock(&puk, &new) {
-                // Who was logged in knew the PIN that is no more.
-                Ok(()) => (None, Ok(Secret::default())),
+                // SP 800-73-4 Part 2 §3.2.3: 63CX ends the PIN's security status. Success would not change it, but
+                // who was logged in knew the PIN that is no more.
+                compared @ (Ok(()) | Err(PinError::Wrong { .. })) => (None, empty(compared)),
                 refused => (login, empty(refused)),
             },
             Work::Key(work) => work.run(login, &*store, &reference),

@@ -29,6 +29,7 @@ pub(super) struct Parts {
 enum Key {
     Rsa {
         modulus: Vec<u8>,
+        exponent: Vec<u8>,
     },
     Ec(PublicKey),
     /// Another kind, by its usual name or object identifier.
@@ -38,8 +39,8 @@ enum Key {
 /// The public half of a key that a card can hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum PublicKey {
-    /// The modulus, no leading zero.
-    Rsa { modulus: Vec<u8> },
+    /// Numbers without leading zeros.
+    Rsa { modulus: Vec<u8>, exponent: Vec<u8> },
     /// The point, uncompressed: 04, x, y.
     Ec { curve: Curve, point: Vec<u8> },
 }
@@ -47,7 +48,7 @@ pub(super) enum PublicKey {
 impl PublicKey {
     pub(super) fn kind(&self) -> KeyKind {
         match self {
-            Self::Rsa { modulus } => KeyKind::Rsa { bits: bits(modulus) },
+            Self::Rsa { modulus, .. } => KeyKind::Rsa { bits: bits(modulus) },
             Self::Ec { curve, .. } => KeyKind::Ec(*curve),
         }
     }
@@ -72,8 +73,10 @@ impl Parts {
 impl Key {
     fn fit(self) -> Result<PublicKey, Unfit> {
         match self {
-            Self::Rsa { modulus } => match bits(&modulus) {
-                bits if (1024..=4096).contains(&bits) && bits % 8 == 0 => Ok(PublicKey::Rsa { modulus }),
+            Self::Rsa { modulus, exponent } => match bits(&modulus) {
+                bits if (1024..=4096).contains(&bits) && bits % 8 == 0 => {
+                    Ok(PublicKey::Rsa { modulus, exponent })
+                }
                 bits => Err(Unfit::Size(bits)),
             },
             Self::Ec(key) => Ok(key),
@@ -122,12 +125,17 @@ pub(super) fn parse_public_key(info: &[u8]) -> Option<PublicKey> {
 
 fn parse_key(public_key: &[u8]) -> x509_cert::der::Result<Key> {
     let info = SubjectPublicKeyInfoRef::from_der(public_key)?;
+    let key = info.subject_public_key.as_bytes().ok_or_else(|| Tag::BitString.value_error())?;
     Ok(match info.algorithm.oid {
         RSA => {
-            let key = AnyRef::from_der(info.subject_public_key.raw_bytes())?;
+            let key = AnyRef::from_der(key)?;
             key.tag().assert_eq(Tag::Sequence)?;
-            let modulus = UintRef::decode(&mut SliceReader::new(key.value())?)?;
-            Key::Rsa { modulus: modulus.as_bytes().to_vec() }
+            // RFC 8017 appendix A.1.1: these two and nothing more.
+            let mut numbers = SliceReader::new(key.value())?;
+            let modulus = UintRef::decode(&mut numbers)?;
+            let exponent = UintRef::decode(&mut numbers)?;
+            numbers.finish(())?;
+            Key::Rsa { modulus: modulus.as_bytes().to_vec(), exponent: exponent.as_bytes().to_vec() }
         }
         EC => {
             let curve = match info.algorithm.parameters_oid() {
@@ -136,11 +144,10 @@ fn parse_key(public_key: &[u8]) -> x509_cert::der::Result<Key> {
                 Ok(other) => return Ok(Key::Other(format!("EC ({other})"))),
                 Err(_) => return Ok(Key::Other("EC".to_owned())),
             };
-            let point = info.subject_public_key.raw_bytes();
-            if point.first() != Some(&0x04) || point.len() != 1 + 2 * curve.field_len() {
+            if key.first() != Some(&0x04) || key.len() != 1 + 2 * curve.field_len() {
                 return Ok(Key::Other("EC with a compressed point".to_owned()));
             }
-            Key::Ec(PublicKey::Ec { curve, point: point.to_vec() })
+            Key::Ec(PublicKey::Ec { curve, point: key.to_vec() })
         }
         RSA_PSS => Key::Other("RSA-PSS".to_owned()),
         other => Key::Other(other.to_string()),

@@ -80,7 +80,9 @@ pub enum WriteError {
 /// A store of data objects and keys that change while the card is in use. Whoever asks has made sure that the
 /// card's administrator wants it.
 ///
-/// A change is kept when the call returns, and is all or nothing whenever the process ends.
+/// A change is kept when the call returns, and is all or nothing whenever the process ends. After an error the store
+/// goes on with what there was. When it is opened again it may find the new all the same, if the disk failed only in the
+/// last step ([`WriteError::Storage`]).
 pub trait Writable: Send + Sync {
     /// The algorithm of the card management key; `None` if there is none, and nothing can be written.
     fn management(&self) -> Option<ManagementAlgorithm>;
@@ -101,12 +103,12 @@ pub trait Writable: Send + Sync {
     /// Replaces what is in the data object with the tag 5FC1 and this byte; empty `content` deletes it.
     ///
     /// # Errors
-    /// [`WriteError`]; the object is as it was.
+    /// [`WriteError`].
     fn put(&self, tag: u8, content: &[u8]) -> Result<(), WriteError>;
 
     /// Makes a new key and puts it into a slot, instead of the one that is there. A certificate stays.
     ///
     /// # Errors
-    /// [`WriteError`]; the key is as it was.
+    /// [`WriteError`].
     fn generate(&self, slot: PivSlot, kind: KeyKind) -> Result<NewKey, WriteError>;
 }

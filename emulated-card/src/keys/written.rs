@@ -141,11 +141,26 @@ type Keys = RwLock<Vec<Option<Arc<Key>>>>;
 
 impl WrittenStore {
     /// Opens files as [`PemStore::open`](super::pem::PemStore::open) does, then what was written, in `directory`,
-    /// which need not be there. `management` is the key by which more can be written.
+    /// which need not be there. `management` is the key by which more can be written. Nobody else may write to
+    /// `directory` meanwhile, or as long as the store lives.
     ///
     /// # Errors
     /// [`WrittenError`].
     pub fn open(
+        sources: &[PemSource],
+        password: Option<&Secret>,
+        explicit: &[(PivSlot, String)],
+        directory: StateDirectory,
+        management: Option<ManagementKey>,
+    ) -> Result<Self, WrittenError> {
+        let store = Self::as_made(sources, password, explicit, directory, management)?;
+        store.read_written()?;
+        Ok(store)
+    }
+
+    /// The card as its files make it: enough to know which card it is, which must be known to be this one's before
+    /// [`read_written`](Self::read_written).
+    pub(crate) fn as_made(
         sources: &[PemSource],
         password: Option<&Secret>,
         explicit: &[(PivSlot, String)],
@@ -161,30 +176,37 @@ impl WrittenStore {
         slots.extend(PivSlot::all().filter(|slot| !slots.contains(slot)).collect::<Vec<_>>());
         let keys: Vec<_> = keys.into_iter().map(Arc::new).collect();
         let made = |slot: &PivSlot| assigned.iter().find(|(assigned, _)| assigned == slot);
-        let mut current: Vec<_> =
+        let current =
             slots.iter().map(|slot| made(slot).and_then(|(_, index)| keys.get(*index)).cloned()).collect();
-        let mut objects = BTreeMap::new();
-        if directory.exists()? {
-            for (slot, place) in slots.iter().zip(&mut current) {
-                if let Some(key) = read_written_key(&directory.path().join(key_file(*slot)))? {
-                    *place = Some(Arc::new(key));
-                }
-            }
-            for tag in 0..=LAST_OBJECT {
-                let path = directory.path().join(object_file(tag));
-                if let Some(content) = read_if_there(&path)? {
-                    objects.insert(tag, content.to_vec());
-                }
-            }
-        }
         Ok(Self {
             certificates,
             directory,
             management,
             slots,
             keys: Arc::new(RwLock::new(current)),
-            objects: RwLock::new(objects),
+            objects: RwLock::default(),
         })
+    }
+
+    /// Reads what was written to the card so far.
+    pub(crate) fn read_written(&self) -> Result<(), WrittenError> {
+        if !self.directory.exists()? {
+            return Ok(());
+        }
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        for (slot, place) in self.slots.iter().zip(&mut *keys) {
+            if let Some(key) = read_written_key(&self.directory.path().join(key_file(*slot)))? {
+                *place = Some(Arc::new(key));
+            }
+        }
+        let mut objects = self.objects.write().unwrap_or_else(PoisonError::into_inner);
+        for tag in 0..=LAST_OBJECT {
+            let path = self.directory.path().join(object_file(tag));
+            if let Some(content) = read_if_there(&path)? {
+                objects.insert(tag, content.to_vec());
+            }
+        }
+        Ok(())
     }
 
     fn index(&self, slot: PivSlot) -> Option<usize> {
@@ -227,7 +249,7 @@ fn read_written_key(path: &Path) -> Result<Option<Key>, OpenError> {
 fn usable(key: &PKey<Private>) -> Result<(PublicKey, Key), BadKey> {
     let info = key.public_key_to_der()?;
     let public = certificate::parse_public_key(&info).ok_or(BadKey)?;
-    let key = Key::of(&public, &info, key)?.ok_or(BadKey)?;
+    let key = Key::of(&public, key)?.ok_or(BadKey)?;
     Ok((public, key))
 }
 
@@ -297,9 +319,7 @@ impl Writable for WrittenStore {
         let (public, usable) =
             usable(&key).map_err(|BadKey| WriteError::Key("OpenSSL made another kind of key".into()))?;
         let public = match public {
-            PublicKey::Rsa { modulus } => {
-                NewKey::Rsa { modulus, exponent: key.rsa().map_err(failed)?.e().to_vec() }
-            }
+            PublicKey::Rsa { modulus, exponent } => NewKey::Rsa { modulus, exponent },
             PublicKey::Ec { point, .. } => NewKey::Ec { point },
         };
         self.write(&key_file(slot), &text)?;

@@ -1,14 +1,24 @@
 //! A PIN or PUK as it is kept.
 
 use std::fmt;
+use std::sync::LazyLock;
 
 use argon2::password_hash::{Output, ParamsString, PasswordHash, SaltString};
 use argon2::{ARGON2ID_IDENT, Algorithm, Argon2, Block, Params, Version};
 use vscard_protocol::Secret;
 use zeroize::{Zeroize, Zeroizing};
 
+use super::turns::Turns;
+
 /// Bytes, more than 32 MiB.
 const MAPPED: usize = 33 * 1024 * 1024;
+
+/// A hash takes 19 MiB and a processor. A thousand cards in one process, verified at once, are not to take 19 GiB, and
+/// more at a time than there are processors would make none faster.
+static TURNS: LazyLock<Turns> = LazyLock::new(|| {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    Turns::new(processors.max(2) as u64)
+});
 
 /// How much a guess is to take.
 #[derive(Clone, Copy)]
@@ -82,6 +92,7 @@ impl fmt::Debug for PinHash {
 fn derive(params: &Params, salt: &SaltString, pin: &Secret, length: usize) -> Result<Secret, String> {
     let mut buffer = [0; 64];
     let salt = salt.decode_b64(&mut buffer).map_err(|error| error.to_string())?;
+    let _turn = TURNS.take();
     // The crate's own buffer would not be wiped. It is asked for in a size that glibc always maps and unmaps (more than
     // its DEFAULT_MMAP_THRESHOLD_MAX): with a smaller one, the second VERIFY's memory would stay with the process.
     // What is not used of it is never resident.

@@ -11,6 +11,7 @@ use crate::state::{CardClaim, CardId, Contents, LockedRecord, Record, StateDirec
 
 mod hash;
 mod secret_file;
+mod turns;
 
 use hash::Cost;
 pub(crate) use hash::PinHash;
@@ -386,7 +387,12 @@ impl ReferenceData {
         let mut now = before.clone();
         let left = self.left(*counter(&mut now)).checked_sub(1).ok_or(PinError::Blocked)?;
         *counter(&mut now) = Some(left);
-        slot.write(&now)?;
+        if let Err(error) = slot.write(&now) {
+            // It may be there all the same, and nothing was compared for it: a disk that fails each time is not to
+            // block a PIN that nobody guessed at.
+            let _ = slot.write(&before);
+            return Err(error.into());
+        }
         match compare(&mut now) {
             Ok(done) => {
                 *counter(&mut now) = None;
@@ -559,5 +565,30 @@ mod tests {
         shared::<ReferenceData>();
         let shown = format!("{:?}", ReferenceData::any(Secret::from(&b"hunter2"[..])));
         assert!(!shown.contains("hunter2"), "{shown}");
+    }
+
+    /// A state that is written, and said not to be.
+    struct Failing(Contents);
+
+    impl Slot for Failing {
+        fn read(&self) -> Result<Contents, StateError> {
+            Ok(self.0.clone())
+        }
+
+        fn write(&mut self, contents: &Contents) -> Result<(), StateError> {
+            self.0 = contents.clone();
+            Err(StateError::NoPlace)
+        }
+    }
+
+    #[test]
+    fn a_disk_that_fails_does_not_block_a_pin_that_was_not_compared() {
+        let data = ReferenceData::in_memory(3);
+        let mut slot = Failing(Contents { left: Some(2), ..Contents::default() });
+        for _ in 0..4 {
+            let refused = data.count(&mut slot, PIN, |_| -> Result<(), _> { panic!("compared") });
+            assert!(matches!(refused, Err(PinError::State(_))), "{refused:?}");
+            assert_eq!(slot.0.left, Some(2));
+        }
     }
 }

@@ -77,7 +77,7 @@ impl Directory {
             let _ = rustix::fs::unlinkat(at, temporary, AtFlags::empty());
             return Err(fail("write", source));
         }
-        at.sync_all().map_err(|source| fail("write (directory)", source))
+        sync_directory(at).map_err(|source| fail("write (directory)", source))
     }
 
     pub(super) fn io_error(&self, name: &str, what: &'static str, source: io::Error) -> StateError {
@@ -123,9 +123,43 @@ pub(super) fn make_directory(path: &Path) -> io::Result<()> {
         (result, _) => result?,
     }
     // A counter is no more durable than the directories it is in.
-    match parent.map_or(Ok(()), |parent| File::open(parent)?.sync_all()) {
+    match parent.map_or(Ok(()), |parent| sync_directory(&File::open(parent)?)) {
         // One that can be searched and not read cannot be opened; it was there before us.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         other => other,
+    }
+}
+
+/// Makes what was renamed or made in a directory survive a power cut, as far as its file system has that: some (FUSE, 9p,
+/// CIFS) say that a directory cannot be synchronised, and a card on them is not to be without a PIN for it.
+fn sync_directory(directory: &File) -> io::Result<()> {
+    match directory.sync_all() {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    [Errno::INVAL, Errno::NOTSUP, Errno::OPNOTSUPP].map(Some).contains(&errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_file_system_that_does_not_synchronise_directories_is_no_failure() {
+        let proc = File::open("/proc").unwrap();
+        assert!(proc.sync_all().is_err());
+        sync_directory(&proc).unwrap();
+    }
+
+    #[test]
+    fn a_disk_that_fails_is_a_failure() {
+        for errno in [Errno::IO, Errno::NOSPC, Errno::DQUOT, Errno::ROFS, Errno::BADF] {
+            assert!(!is_unsupported(&errno.into()), "{errno}");
+        }
     }
 }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::hex;
 use crate::pin::PinHash;
 
-/// Longest state file that is read. What is written here is a quarter of it.
+/// Longest state file that is read. What is written here is shorter, whatever the database's path is.
 pub(super) const MAX_FILE: u64 = 4096;
 const FIRST_LINE: &str = "vscard-state 1";
 
@@ -124,5 +124,16 @@ mod tests {
         }
         assert!(decode(&vec![b'a'; 5000]).is_err());
         assert!(decode(b"\xff\nsha256 ").is_err());
+    }
+
+    #[test]
+    fn what_is_written_is_not_too_long_to_be_read() {
+        // As long as a hash and its salt can be.
+        let hash = format!("$argon2id$v=19$m=262144,t=64,p=16${}${}", "A".repeat(64), "A".repeat(86));
+        let pin = Some(PinHash::parse(&hash).unwrap());
+        let contents = Contents { puk: pin.clone(), pin, identity: Some([0xFF; 32]), ..Contents::default() };
+        for character in ["\u{9f}", "\u{10ffff}"] {
+            decode(encode(Path::new(&character.repeat(2000)), &contents).as_bytes()).unwrap();
+        }
     }
 }

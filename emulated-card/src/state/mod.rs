@@ -68,7 +68,7 @@ pub enum StateError {
     /// A state file is there, but what it says cannot be believed.
     #[error(
         "the state file {} {what}; no PIN is accepted until it is removed, which makes a new card with all its \
-         tries (and, for a PIN of its own, needs --pin-file again)",
+         tries, and without a PIN of its own",
         path.display()
     )]
     Damaged {
@@ -103,8 +103,8 @@ pub enum StateError {
         /// What the system said.
         source: io::Error,
     },
-    /// A card that is to have a PIN of its own has none yet.
-    #[error("the card of {} has no PIN yet; give it one with --pin-file FILE", database.display())]
+    /// A card that is to have a PIN of its own has none, or none any more.
+    #[error("the state of the card of {} is not there, or holds no PIN", database.display())]
     NoPin {
         /// The database the card is made from.
         database: PathBuf,

@@ -76,16 +76,19 @@ impl CardDirectory {
     }
 
     /// The card, to be opened.
-    pub(crate) fn setup(&self) -> CardSetup {
+    ///
+    /// # Errors
+    /// [`CardDirectoryError::CardFile`] for a path that NSS does not take.
+    pub(crate) fn setup(&self) -> Result<CardSetup, CardDirectoryError> {
         let (keys, names, password_file) = match &self.card.nss {
             Some(NssFiles { database, password_file, certificates }) => (
-                Keys::Database(self.path.join(database).to_string_lossy().into_owned()),
+                Keys::Database(self.database(database)?),
                 certificates.clone(),
                 Some(self.path.join(password_file)),
             ),
             None => (Keys::Files(self.pem()), Vec::new(), None),
         };
-        CardSetup {
+        Ok(CardSetup {
             keys,
             certificates: names.into_iter().map(|name| Wanted { slot: None, name }).collect(),
             profile: match self.card.profile {
@@ -100,9 +103,8 @@ impl CardDirectory {
                 .admin
                 .as_ref()
                 .map(|_| Written { directory: self.written(), management: None }),
-            prefix: "--",
             ..CardSetup::default()
-        }
+        })
     }
 
     /// The card, to be opened and written to.
@@ -112,7 +114,18 @@ impl CardDirectory {
         };
         let management = Some((self.path.join(key), (*algorithm).into()));
         let written = Some(Written { directory: self.written(), management });
-        Ok(CardSetup { written, ..self.setup() })
+        Ok(CardSetup { written, ..self.setup()? })
+    }
+
+    fn database(&self, name: &str) -> Result<String, CardDirectoryError> {
+        let path = self.path.join(name);
+        match path.to_str() {
+            Some(text) => Ok(text.to_owned()),
+            None => Err(CardDirectoryError::CardFile {
+                path,
+                what: "is no UTF-8 text, which NSS needs of a path".into(),
+            }),
+        }
     }
 
     fn written(&self) -> StateDirectory {
@@ -131,12 +144,8 @@ impl CardDirectory {
     pub(crate) fn open_keys(&self) -> Result<(Box<dyn KeyStore>, Secret), CardDirectoryError> {
         if let Some(NssFiles { database, password_file, certificates }) = &self.card.nss {
             let password = read_secret_file(&self.path.join(password_file))?;
-            let database = self.path.join(database);
-            let url = database.to_str().ok_or_else(|| CardDirectoryError::CardFile {
-                path: database.clone(),
-                what: "is no UTF-8 text, which NSS needs of a path".into(),
-            })?;
-            return Ok((Box::new(NssDatabase::open(url, certificates)?), password));
+            let database = self.database(database)?;
+            return Ok((Box::new(NssDatabase::open(&database, certificates)?), password));
         }
         let store = PemStore::open(&self.pem(), None)?;
         Ok((Box::new(store), Secret::default()))

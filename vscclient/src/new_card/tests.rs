@@ -94,7 +94,7 @@ fn certificates_say_what_their_keys_are_for() {
         assert!(said.contains("README.txt"), "{said}");
         let card = place.card();
         assert_eq!(
-            (card.name(), card.setup().profile),
+            (card.name(), card.setup().unwrap().profile),
             ("Jane \"J\" Doë", emulated_card::card::Profile::Dual)
         );
         let (store, _) = card.open_keys().unwrap();
@@ -320,6 +320,17 @@ fn names_that_no_certificate_can_hold_are_refused() {
 }
 
 #[test]
+fn a_directory_whose_path_nss_does_not_take_is_not_said_to_be_missing() {
+    let place = Place::new();
+    let directory = place.0.path().join(OsStr::from_bytes(b"card\xff"));
+    fs::create_dir(&directory).unwrap();
+    let card = "name = 'J'\nprofile = 'dual'\n[nss]\ndatabase = 'nssdb'\npassword_file = 'p'\ncertificates = ['c']\n";
+    fs::write(directory.join(CARD_FILE), card).unwrap();
+    let error = CardDirectory::open(&directory).unwrap().setup().unwrap_err().to_string();
+    assert!(error.contains("nssdb") && error.contains("UTF-8"), "{error}");
+}
+
+#[test]
 fn a_card_with_an_administrator_can_be_written_to() {
     for (algorithm, digits) in [("3des", 48), ("aes128", 32), ("aes192", 48), ("aes256", 64)] {
         let place = Place::new();
@@ -334,7 +345,7 @@ fn a_card_with_an_administrator_can_be_written_to() {
         let said = fs::read_to_string(place.path("card/README.txt")).unwrap();
         assert!(said.contains("admin.key  ") && said.contains("written/  "), "{said}");
         let card = place.card();
-        assert_eq!(card.setup().profile, emulated_card::card::Profile::Piv);
+        assert_eq!(card.setup().unwrap().profile, emulated_card::card::Profile::Piv);
         let card = card.writable().unwrap().open().unwrap();
         assert!(card.slot.is_some());
     }

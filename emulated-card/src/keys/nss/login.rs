@@ -184,7 +184,7 @@ impl Keys {
             .ok_or_else(|| format!("there is no private key for certificate {name:?}"))?;
         // The private key of an EC pair tells nothing of the public one, and on some tokens an RSA key does not
         // either; what there is of the public one was looked at.
-        if let PublicKey::Rsa { modulus } = public {
+        if let PublicKey::Rsa { modulus, .. } = public {
             match key.attribute(Attribute::Modulus) {
                 Ok(found) if without_leading_zeros(&found) == modulus => {}
                 Err(_) if window.is_some() => {}
@@ -246,7 +246,7 @@ impl Unlocked for NssLogin {
     fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
         let prepare = |public: &PublicKey| match public {
             // Of two numbers of equal length, the greater one is the greater string of bytes.
-            PublicKey::Rsa { modulus } => {
+            PublicKey::Rsa { modulus, .. } => {
                 (block.len() == modulus.len() && block < &modulus[..]).then_some(())
             }
             PublicKey::Ec { .. } => None,

@@ -178,7 +178,7 @@ impl PublicHalf {
     /// (PKCS #11 v2.40 §2.3.3), or the bare point, as older tokens have it.
     fn may_be(&self, key: &PublicKey) -> bool {
         match key {
-            PublicKey::Rsa { modulus } => {
+            PublicKey::Rsa { modulus, .. } => {
                 self.modulus.is_empty() || without_leading_zeros(&self.modulus) == modulus
             }
             PublicKey::Ec { point, .. } => {

@@ -172,7 +172,7 @@ fn open_one(source: &PemSource, password: Option<&Secret>) -> Result<(Certificat
             path: source.key_path().to_owned(),
             what: "holds a damaged private key",
         };
-        if let Some(key) = Key::of(&public, &public_key, &key).map_err(bad_key)? {
+        if let Some(key) = Key::of(&public, &key).map_err(bad_key)? {
             let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let name = name.unwrap_or_else(stem);
             return Ok((Certificate { name, der, public_key, kind: public.kind() }, key));
@@ -226,18 +226,18 @@ pub(super) enum Key {
 
 impl Key {
     /// The key as that of a certificate with this public key; `None` if it is another's.
-    pub(super) fn of(public: &PublicKey, info: &[u8], key: &PKey<Private>) -> Result<Option<Self>, BadKey> {
+    pub(super) fn of(public: &PublicKey, key: &PKey<Private>) -> Result<Option<Self>, BadKey> {
         match public {
-            PublicKey::Rsa { modulus } if key.id() == Id::RSA => {
+            PublicKey::Rsa { modulus, exponent } if key.id() == Id::RSA => {
                 let key = key.rsa()?;
-                // The RSAPublicKey is what a SubjectPublicKeyInfo ends in (RFC 3279 §2.3.1).
-                if !info.ends_with(&key.public_key_to_der_pkcs1()?) {
+                if key.n().to_vec() != *modulus || key.e().to_vec() != *exponent {
                     return Ok(None);
                 }
                 // Numbers without bound would make one operation last for minutes.
                 let bits = key.n().num_bits();
-                let private = [Some(key.d()), key.p(), key.q(), key.dmp1(), key.dmq1()];
-                if private.into_iter().flatten().any(|number| number.num_bits() > bits) {
+                let exponents_and_primes =
+                    [Some(key.e()), Some(key.d()), key.p(), key.q(), key.dmp1(), key.dmq1()];
+                if exponents_and_primes.into_iter().flatten().any(|number| number.num_bits() > bits) {
                     return Err(BadKey);
                 }
                 Ok(Some(Self::Rsa { key, modulus: modulus.clone() }))
@@ -276,6 +276,10 @@ impl Key {
         // Of two numbers of equal length, the greater one is the greater string of bytes.
         if block.len() != modulus.len() || block >= &modulus[..] {
             return Err(KeyError::Block);
+        }
+        // The crate panics when the room is too small.
+        if key.size() as usize != block.len() {
+            return Err(KeyError::Failed(format!("OpenSSL gives {} bytes for {}", key.size(), block.len())));
         }
         let mut result = Zeroizing::new(vec![0; block.len()]);
         let written = key.private_encrypt(block, &mut result, Padding::NONE).map_err(failed)?;
