@@ -7,17 +7,19 @@ mod spec;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
-use std::process::ExitCode;
+use std::process::exit;
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
 
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
 use emulated_card::setup::{OpenCard, SetupError};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::Instrument;
 use tracing_subscriber::filter::LevelFilter;
 use vscard_protocol::CardSource;
@@ -28,9 +30,13 @@ use vscard_protocol::trace::Traced;
 use crate::control::{Control, Running};
 use crate::spec::{CardKind, CardSpec, ReaderSpec};
 
-const USAGE: u8 = 2;
-const NO_CARD: u8 = 3;
-const UNUSABLE: u8 = 5;
+const KILLED: i32 = 1;
+const USAGE: i32 = 2;
+const NO_CARD: i32 = 3;
+const UNUSABLE: i32 = 5;
+
+/// For the cards at the end. A PKCS#11 module may keep a thread for ever.
+const CLOSING: Duration = Duration::from_secs(2);
 
 const AFTER_HELP: &str = "\
 Readers: --reader KIND,[OPTIONS,]ENDPOINT
@@ -85,6 +91,7 @@ Control socket: one JSON object a line, as in QMP: query-readers, insert, remove
 
 Exit status:
   0  ended by SIGTERM, SIGINT or quit, the readers unplugged
+  1  ended by a second signal, without waiting
   2  the command line is wrong
   3  a card cannot be made: keys, certificate, PIN or state
   5  an endpoint cannot be used";
@@ -115,17 +122,17 @@ struct Cli {
 
 /// Why it does not run.
 struct Failure {
-    status: u8,
+    status: i32,
     message: String,
 }
 
 impl Failure {
-    fn new(status: u8, message: impl std::fmt::Display) -> Self {
+    fn new(status: i32, message: impl std::fmt::Display) -> Self {
         Self { status, message: message.to_string() }
     }
 }
 
-fn main() -> ExitCode {
+fn main() {
     // PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
     let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
@@ -142,21 +149,35 @@ fn main() -> ExitCode {
         .with_target(false)
         .log_internal_errors(false)
         .init();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let result = match runtime {
-        Ok(runtime) => {
-            let result = runtime.block_on(run(cli));
-            runtime.shutdown_background();
-            result
-        }
-        Err(error) => Err(Failure::new(UNUSABLE, format!("no event loop: {error}"))),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let mut cards = Vec::new();
+    let result = watch_signals().and_then(|ended| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| Failure::new(UNUSABLE, format!("no event loop: {error}")))?;
+        let result = runtime.block_on(run(cli, &ended, &mut cards));
+        runtime.shutdown_background();
+        result
+    });
+    let status = match result {
+        Ok(()) => 0,
         Err(failure) => {
             let _ = writeln!(std::io::stderr(), "ccid-device: {}", failure.message);
-            ExitCode::from(failure.status)
+            failure.status
         }
+    };
+    close(cards);
+    exit(status);
+}
+
+/// Gives up the cards, which waits for what their modules are doing, but not for ever.
+fn close(cards: Vec<OpenCard>) {
+    let (closing, closed) = std::sync::mpsc::channel::<()>();
+    let close = move || {
+        drop(cards);
+        drop(closing);
+    };
+    let thread = std::thread::Builder::new().name("close".into()).spawn(close);
+    if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
+        tracing::warn!("ended without a card whose module does not come back");
     }
 }
 
@@ -232,8 +253,23 @@ fn name_apart(readers: &mut [ReaderSpec]) -> Result<(), String> {
     Ok(())
 }
 
-async fn run(mut cli: Cli) -> Result<(), Failure> {
-    let mut signals = Signals::watch()?;
+/// Everything that runs.
+struct Started {
+    tasks: JoinSet<Result<(), Failure>>,
+    tellers: Vec<JoinHandle<()>>,
+    control: Arc<Control>,
+}
+
+/// Until it is to end. Whoever drops the `kept` cards may wait for a module.
+async fn run(cli: Cli, ended: &Notify, kept: &mut Vec<OpenCard>) -> Result<(), Failure> {
+    let started = tokio::select! {
+        started = start(cli, kept) => started?,
+        () = ended.notified() => return Ok(()),
+    };
+    started.serve(ended).await
+}
+
+async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failure> {
     let placed = place(&mut cli)?;
     if let Some(endpoint) =
         cli.control.as_ref().filter(|endpoint| !matches!(endpoint, Endpoint::UnixListen { .. }))
@@ -244,7 +280,6 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     let plaintext = if cli.allow_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly };
     let unusable = |error| Failure::new(UNUSABLE, error);
     let mut tasks: JoinSet<Result<(), Failure>> = JoinSet::new();
-    let mut kept: Vec<OpenCard> = Vec::new();
     let (events, _) = broadcast::channel(256);
 
     // All cards first: what is wrong with one of them is said before any guest sees a reader.
@@ -257,9 +292,9 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
             let source: Option<Arc<dyn CardSource>> = match card {
                 None => None,
                 Some(CardKind::Certificates(setup) | CardKind::Token(setup)) => {
-                    Some(keep(&mut kept, setup.open())?)
+                    Some(keep(kept, move || setup.open()).await?)
                 }
-                Some(CardKind::Raw(setup)) => Some(keep(&mut kept, setup.open())?),
+                Some(CardKind::Raw(setup)) => Some(keep(kept, move || setup.open()).await?),
                 Some(CardKind::Passthru { deadline, endpoint }) => {
                     let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
                     let (card, serve) = PassthruCard::new(channel, deadline);
@@ -314,34 +349,56 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         tracing::debug!("readiness not told: {error}");
     }
     tracing::info!("ready");
-    let ended = signals.until_end(&mut tasks, &control).await;
-    // Whatever ended it: no guest is to be left with a reader that says nothing.
-    let unplugs: Vec<_> = control
-        .readers
-        .iter()
-        .map(|reader| {
-            let handle = reader.handle.clone();
-            tokio::spawn(async move { handle.unplug().await })
-        })
-        .collect();
-    for unplug in unplugs {
-        let _ = unplug.await;
-    }
-    // They have told the last of it when no reader is left.
-    tasks.shutdown().await;
-    for teller in tellers {
-        let _ = teller.await;
-    }
-    drop(kept);
-    ended
+    Ok(Started { tasks, tellers, control })
 }
 
-/// Inserts a card of ours, and keeps its claim.
-fn keep(
+impl Started {
+    async fn serve(mut self, ended: &Notify) -> Result<(), Failure> {
+        let result = self.until_end(ended).await;
+        // Whatever ended it: no guest is to be left with a reader that says nothing.
+        let readers = &self.control.readers;
+        let unplugs: Vec<_> = readers
+            .iter()
+            .map(|reader| {
+                let handle = reader.handle.clone();
+                tokio::spawn(async move { handle.unplug().await })
+            })
+            .collect();
+        for unplug in unplugs {
+            let _ = unplug.await;
+        }
+        // They have told the last of it when no reader is left.
+        self.tasks.shutdown().await;
+        for teller in self.tellers {
+            let _ = teller.await;
+        }
+        result
+    }
+
+    /// Until a signal or a command ends it, or something cannot go on.
+    async fn until_end(&mut self, ended: &Notify) -> Result<(), Failure> {
+        loop {
+            tokio::select! {
+                () = ended.notified() => return Ok(()),
+                () = self.control.quit.notified() => return Ok(()),
+                Some(ended) = self.tasks.join_next() => match ended {
+                    Ok(result) => result?,
+                    Err(error) => return Err(Failure::new(UNUSABLE, error)),
+                },
+            }
+        }
+    }
+}
+
+/// Opens a card, which may wait for a secret to be written or for a module, inserts it if it is ours, and keeps its
+/// claim.
+async fn keep(
     kept: &mut Vec<OpenCard>,
-    card: Result<OpenCard, SetupError>,
+    open: impl FnOnce() -> Result<OpenCard, SetupError> + Send + 'static,
 ) -> Result<Arc<dyn CardSource>, Failure> {
-    let card = card.map_err(|error| Failure::new(NO_CARD, error))?;
+    let no_card = |error: &dyn std::fmt::Display| Failure::new(NO_CARD, error);
+    let opened = tokio::task::spawn_blocking(open).await.map_err(|panic| no_card(&panic))?;
+    let card = opened.map_err(|error| no_card(&error))?;
     if let Some(slot) = &card.slot {
         slot.insert();
     }
@@ -388,43 +445,42 @@ async fn carriers(
     Ok(carriers.into_iter().flatten().collect())
 }
 
-/// The signals that mean something, from the very start.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn watch() -> Result<Self, Failure> {
-        let watch = |kind| signal(kind).map_err(|error| Failure::new(UNUSABLE, format!("signals: {error}")));
-        Ok(Self {
-            terminate: watch(SignalKind::terminate())?,
-            interrupt: watch(SignalKind::interrupt())?,
-            hangup: watch(SignalKind::hangup())?,
-        })
-    }
-
-    /// Until a signal or a command ends it, or something cannot go on.
-    async fn until_end(
-        &mut self,
-        tasks: &mut JoinSet<Result<(), Failure>>,
-        control: &Control,
-    ) -> Result<(), Failure> {
+/// The signals that mean something, from the very start, on a thread of their own: whatever the others wait for, the
+/// first one ends it in order, and another one more than a second later at once.
+fn watch_signals() -> Result<Arc<Notify>, Failure> {
+    let failure = |error| Failure::new(UNUSABLE, format!("signals: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failure)?;
+    let watch = |kind| {
+        let _runtime = runtime.enter();
+        signal(kind).map_err(failure)
+    };
+    let mut terminate = watch(SignalKind::terminate())?;
+    let mut interrupt = watch(SignalKind::interrupt())?;
+    let mut hangup = watch(SignalKind::hangup())?;
+    let ended = Arc::new(Notify::new());
+    let told = ended.clone();
+    let watching = async move {
+        let mut first = None;
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => return Ok(()),
-                _ = self.interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
                 // Nothing is to be read again, and no guest is to lose its card.
-                _ = self.hangup.recv() => tracing::info!("SIGHUP: nothing to do"),
-                () = control.quit.notified() => return Ok(()),
-                Some(ended) = tasks.join_next() => match ended {
-                    Ok(result) => result?,
-                    Err(error) => return Err(Failure::new(UNUSABLE, error)),
-                },
+                _ = hangup.recv() => {
+                    tracing::info!("SIGHUP: nothing to do");
+                    continue;
+                }
             }
+            // The same signal often comes twice: to the process and to its group.
+            if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
+                exit(KILLED);
+            }
+            told.notify_one();
         }
-    }
+    };
+    let thread = std::thread::Builder::new().name("signals".into());
+    thread.spawn(move || runtime.block_on(watching)).map_err(failure)?;
+    Ok(ended)
 }
 
 fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
