@@ -491,6 +491,10 @@ fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::sync::oneshot;
+
     use super::*;
 
     fn serials(readers: &[&str]) -> Result<Vec<String>, String> {
@@ -513,5 +517,46 @@ mod tests {
         assert_eq!(serials(&same).unwrap(), ["a", "a", "a"]);
         let error = serials(&[same[2], "usbip,tcp-listen:127.0.0.1:1", same[2]]).unwrap_err();
         assert_eq!(error, "--reader: reader 2: tcp-listen:127.0.0.1:1 has a reader with serial=a");
+    }
+
+    /// The type of the next usbredir packet; `None` at the end.
+    async fn packet(vmm: &mut UnixStream) -> Option<u32> {
+        let kind = vmm.read_u32_le().await.ok()?;
+        let length = vmm.read_u32_le().await.unwrap();
+        vmm.read_exact(&mut vec![0; 4 + length as usize]).await.unwrap();
+        Some(kind)
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_that_fails_for_good_unplugs_the_other_readers() {
+        const DEVICE_CONNECT: u32 = 1;
+        const DEVICE_DISCONNECT: u32 = 2;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("reader");
+        let reader = format!("usbredir,unix-listen:{}", path.display());
+        let cli = Cli::try_parse_from(["ccid-device", "--reader", &reader]).unwrap();
+        let mut started = start(cli, &mut Vec::new()).await.ok().unwrap();
+        let (fail, failed) = oneshot::channel::<()>();
+        started.tasks.spawn(async move {
+            let _ = failed.await;
+            Err(Failure::new(UNUSABLE, "of no use"))
+        });
+        let guest = async {
+            let mut vmm = UnixStream::connect(&path).await.unwrap();
+            // Hello, without any capability.
+            let hello: Vec<u8> =
+                [0_u32, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect();
+            vmm.write_all(&hello).await.unwrap();
+            while packet(&mut vmm).await.unwrap() != DEVICE_CONNECT {}
+            drop(fail);
+            assert_eq!(packet(&mut vmm).await, Some(DEVICE_DISCONNECT));
+            assert_eq!(packet(&mut vmm).await, None);
+        };
+        let ended = Notify::new();
+        let (result, ()) = tokio::join!(started.serve(&ended), guest);
+        assert_eq!(
+            result.err().map(|failure| (failure.status, failure.message)),
+            Some((UNUSABLE, "of no use".into()))
+        );
     }
 }
