@@ -205,21 +205,21 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
     name_apart(&mut cli.readers).map_err(usage)?;
     let mut all = Vec::new();
     for (number, (reader, mut cards)) in cli.readers.iter_mut().zip(placed).enumerate() {
-        let needed = cards.keys().last().map_or(1, |last| last.saturating_add(1));
+        let last = cards.keys().last().copied().unwrap_or(0);
+        let needed = last.saturating_add(1);
         if !reader.layout_given {
             let layout = Layout::Slots(needed);
             let checked = DeviceConfig { layout, ..reader.config.clone() }.check();
             if let Err(error @ ConfigError::Slots(_)) = checked {
-                return Err(usage(format!("--card: slot {} of reader {number}: {error}", needed - 1)));
+                return Err(usage(format!("--card: slot {last} of reader {number}: {error}")));
             }
             reader.config.layout = Layout::Slots(needed);
         }
         reader.config.check().map_err(|error| usage(format!("--reader: reader {number}: {error}")))?;
         let slots = reader.config.layout.slots();
         if needed > slots {
-            let slot = needed - 1;
             return Err(usage(format!(
-                "--card: reader {number} has {slots} slots, so there is no slot {slot}"
+                "--card: reader {number} has {slots} slots, so there is no slot {last}"
             )));
         }
         all.push((0..slots).map(|slot| cards.remove(&slot)).collect());
@@ -517,6 +517,21 @@ mod tests {
         assert_eq!(serials(&same).unwrap(), ["a", "a", "a"]);
         let error = serials(&[same[2], "usbip,tcp-listen:127.0.0.1:1", same[2]]).unwrap_err();
         assert_eq!(error, "--reader: reader 2: tcp-listen:127.0.0.1:1 has a reader with serial=a");
+    }
+
+    #[test]
+    fn a_slot_that_is_not_there_is_named() {
+        for (options, slot, error) in [
+            ("", 255, "--card: slot 255 of reader 0: "),
+            ("slots=2,", 255, "no slot 255"),
+            ("slots=2,", 2, "no slot 2"),
+        ] {
+            let reader = format!("usbredir,{options}unix:/x");
+            let card = format!("pcsc,slot={slot}");
+            let mut cli = Cli::try_parse_from(["ccid-device", "--reader", &reader, "--card", &card]).unwrap();
+            let said = place(&mut cli).err().unwrap().message;
+            assert!(said.contains(error), "{said}");
+        }
     }
 
     /// The type of the next usbredir packet; `None` at the end.
