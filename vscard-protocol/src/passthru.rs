@@ -281,7 +281,7 @@ impl Server {
                             refusal = Some(tokio::spawn(turned_away));
                         }
                     }
-                    Err(error) => tracing::debug!("{error}"),
+                    Err(error) => return error.to_string(),
                 },
                 () = due => host.handle_deadline(Instant::now()),
             }

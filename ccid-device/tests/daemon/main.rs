@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![forbid(unsafe_code)]
 
-use std::io::{BufRead, BufReader};
-use std::os::unix::net::UnixListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -44,9 +45,9 @@ impl Daemon {
         (Self { pid, lines, ended }, stdin)
     }
 
-    /// Waits for a line that ends so.
-    fn line(&self, end: &str) {
-        while !self.lines.recv_timeout(NEVER).unwrap().ends_with(end) {}
+    /// Waits for a line with this in it.
+    fn line(&self, part: &str) {
+        while !self.lines.recv_timeout(NEVER).unwrap().contains(part) {}
     }
 
     fn terminate(&self) {
@@ -115,4 +116,34 @@ fn a_signal_ends_it_while_a_card_waits_for_its_password() {
     daemon.terminate();
     assert_eq!(daemon.status(), Some(0));
     drop(password);
+}
+
+#[test]
+fn clients_are_served_again_after_too_many_of_them() {
+    let place = Place::new();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    // As many descriptors as it takes to be ready, and a few.
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 24; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_ccid-device")]);
+    command.arg("--reader").arg(format!("usbip,tcp-listen:127.0.0.1:{port}"));
+    command.arg("--control").arg(format!("unix-listen:{}", place.path("control").display()));
+    let (daemon, _) = Daemon::start(command);
+    daemon.line("ready");
+    let connect = || TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let clients: Vec<_> = (0..24).map(|_| connect()).collect();
+    daemon.line("cannot accept a connection");
+    let control = UnixStream::connect(place.path("control")).unwrap();
+    daemon.line("cannot accept a connection");
+    drop(clients);
+    control.set_read_timeout(Some(NEVER)).unwrap();
+    let mut greeting = String::new();
+    BufReader::new(control).read_line(&mut greeting).unwrap();
+    assert!(greeting.contains("ccid-device"), "{greeting:?}");
+    let mut client = connect();
+    client.set_read_timeout(Some(NEVER)).unwrap();
+    // OP_REQ_DEVLIST.
+    client.write_all(&[1, 0x11, 0x80, 5, 0, 0, 0, 0]).unwrap();
+    let mut list = [0; 12];
+    client.read_exact(&mut list).unwrap();
+    assert_eq!(list, [1, 0x11, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
 }
