@@ -4,13 +4,16 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
+use rustix::net::{SendFlags, send};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -26,23 +29,27 @@ struct Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if self.ended.try_recv().is_err() {
+        if self.ended.try_recv() == Err(TryRecvError::Empty) {
             let _ = kill_process(self.pid, Signal::KILL);
         }
     }
 }
 
 impl Daemon {
-    fn start(mut command: Command) -> (Self, Option<std::process::ChildStdin>) {
-        let mut child: Child = command.stderr(Stdio::piped()).spawn().unwrap();
+    fn start(mut command: Command) -> (Self, Option<ChildStdin>) {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let (stderr, stdin) = (child.stderr.take().unwrap(), child.stdin.take());
+        (Self::of(child, stderr), stdin)
+    }
+
+    fn of(mut child: Child, stderr: impl Read + Send + 'static) -> Self {
         let pid = Pid::from_child(&child);
         let (told, lines) = channel();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let stderr = BufReader::new(stderr);
         thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| told.send(line)));
-        let stdin = child.stdin.take();
         let (told, ended) = channel();
         thread::spawn(move || told.send(child.wait().unwrap()));
-        (Self { pid, lines, ended }, stdin)
+        Self { pid, lines, ended }
     }
 
     /// Waits for a line with this in it.
@@ -54,8 +61,8 @@ impl Daemon {
         kill_process(self.pid, Signal::TERM).unwrap();
     }
 
-    fn status(&self) -> Option<i32> {
-        self.ended.recv_timeout(NEVER).unwrap().code()
+    fn status(&self) -> ExitStatus {
+        self.ended.recv_timeout(NEVER).unwrap()
     }
 }
 
@@ -80,23 +87,60 @@ impl Place {
     }
 }
 
-#[test]
-fn a_signal_ends_it_while_a_module_is_stuck() {
-    let place = Place::new();
+/// A card on a token of a module that hangs, and a signal.
+fn stuck(place: &Place, with: impl FnOnce(&mut Command)) -> Daemon {
     let module = place.path("stuck.so");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/stuck.c");
-    let compiled = Command::new("cc").args(["-shared", "-fPIC", source, "-o"]).arg(&module).status();
+    let compiled = Command::new("cc").args(["-Wall", "-shared", "-fPIC", source, "-o"]).arg(&module).status();
     assert!(compiled.unwrap().success());
     let mut command = place.daemon(&[format!("host,module={}", module.display())]);
     command.env("STUCK", place.path("now"));
+    with(&mut command);
     let (daemon, _) = Daemon::start(command);
     daemon.line("ready");
     std::fs::write(place.path("now"), "").unwrap();
     daemon.line("stuck");
     daemon.terminate();
     daemon.line("ended without a card whose module does not come back");
-    assert_eq!(daemon.status(), Some(0));
+    daemon
+}
+
+#[test]
+fn a_signal_ends_it_while_a_module_is_stuck() {
+    let place = Place::new();
+    assert_eq!(stuck(&place, |_| {}).status().code(), Some(0));
     assert!(!place.path("reader").exists());
+}
+
+#[test]
+fn a_signal_ends_it_while_a_module_is_stuck_for_the_end_of_the_process() {
+    let daemon = stuck(&Place::new(), |command| {
+        command.env("STUCK_AT_EXIT", "1");
+    });
+    assert_eq!(daemon.status().signal(), Some(Signal::KILL.as_raw()));
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let place = Place::new();
+    let (log, stderr) = UnixStream::pair().unwrap();
+    let mut command = place.daemon(&[]);
+    let child = command.stderr(OwnedFd::from(stderr.try_clone().unwrap())).spawn().unwrap();
+    let mut lines = BufReader::new(log).lines().map(Result::unwrap);
+    let daemon = Daemon::of(child, std::io::empty());
+    assert!(lines.any(|line| line.contains("ready")));
+    let mut vmm = UnixStream::connect(place.path("reader")).unwrap();
+    // usbredir's hello, without any capability.
+    let hello = [0_u32, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]);
+    vmm.write_all(&hello.collect::<Vec<_>>()).unwrap();
+    assert!(lines.any(|line| line.contains("a guest has it")));
+    // What stops it is its next line, for which there is no room.
+    while send(&stderr, b".", SendFlags::DONTWAIT).is_ok() {}
+    let status = (0..600).find_map(|_| {
+        daemon.terminate();
+        daemon.ended.recv_timeout(NEVER / 600).ok()
+    });
+    assert_eq!(status.unwrap().code(), Some(1));
 }
 
 #[test]
@@ -114,7 +158,7 @@ fn a_signal_ends_it_while_a_card_waits_for_its_password() {
     thread::spawn(move || told.send(peer.accept()));
     let _peer = accepted.recv_timeout(NEVER).unwrap().unwrap();
     daemon.terminate();
-    assert_eq!(daemon.status(), Some(0));
+    assert_eq!(daemon.status().code(), Some(0));
     drop(password);
 }
 

@@ -1,5 +1,5 @@
 /* A PKCS#11 module with one slot, empty, whose C_GetSlotInfo says `stuck` and never returns once the file $STUCK
- * exists. */
+ * exists. Then the end of the process does not come either, if $STUCK_AT_EXIT is set. */
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,14 +34,27 @@ static CK_ULONG get_slot_list(unsigned char present, CK_ULONG *slots, CK_ULONG *
     return OK;
 }
 
+static int is_stuck;
+
+static void wait_for_ever(void) {
+    for (;;) {
+        pause();
+    }
+}
+
+__attribute__((destructor)) static void at_exit(void) {
+    if (is_stuck && getenv("STUCK_AT_EXIT") != NULL) {
+        wait_for_ever();
+    }
+}
+
 static CK_ULONG get_slot_info(CK_ULONG slot, struct slot_info *info) {
     (void)slot;
     const char *file = getenv("STUCK");
     if (file != NULL && access(file, F_OK) == 0) {
+        is_stuck = 1;
         fprintf(stderr, "stuck\n");
-        for (;;) {
-            pause();
-        }
+        wait_for_ever();
     }
     memset(info, 0, sizeof *info);
     memset(info->description, ' ', sizeof info->description);

@@ -16,7 +16,7 @@ use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
 use emulated_card::setup::{OpenCard, SetupError};
-use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -165,7 +165,7 @@ fn main() {
         }
     };
     close(cards);
-    exit(status);
+    end(status);
 }
 
 /// Gives up the cards, which waits for what their modules are doing, but not for ever.
@@ -179,6 +179,15 @@ fn close(cards: Vec<OpenCard>) {
     if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
         tracing::warn!("ended without a card whose module does not come back");
     }
+}
+
+/// Ends the process, even if the exit handlers of a module wait for what hangs in it.
+fn end(status: i32) -> ! {
+    let _ = std::thread::Builder::new().name("end".into()).spawn(|| {
+        std::thread::sleep(CLOSING);
+        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+    });
+    exit(status)
 }
 
 /// Which card goes where: for each reader, by slot.
@@ -473,7 +482,7 @@ fn watch_signals() -> Result<Arc<Notify>, Failure> {
             }
             // The same signal often comes twice: to the process and to its group.
             if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
-                exit(KILLED);
+                end(KILLED);
             }
             told.notify_one();
         }
