@@ -16,6 +16,7 @@ use tokio::time::Sleep;
 use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 
+use crate::usbip::management::GONE_WAIT;
 use crate::usbip::urbs::{self, Urbs};
 use crate::usbredir::{self, ConnectionId, Session};
 use crate::{Action, ConfigError, Device, DeviceConfig, SlotId};
@@ -290,9 +291,19 @@ impl Reader {
         let mut connections = Connections::new();
         let mut alarm = Alarm::new();
         let mut client: Option<(u64, Urbs)> = None;
+        let mut question = Question::default();
         loop {
+            match &mut client {
+                Some((_, urbs)) if question.is_put(Instant::now()) => {
+                    tracing::debug!("wanted by another USB/IP client");
+                    urbs.handle(urbs::Input::AskPeer, &mut self.device, Instant::now());
+                }
+                Some(_) => {}
+                None => question = Question::default(),
+            }
             self.carry_usbip(&mut client, &mut connections, &exports);
             self.tell_attached(client.is_some());
+            let due = [self.device.next_deadline(), question.due()];
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
@@ -307,16 +318,11 @@ impl Reader {
                             session.handle(input, &mut self.device, Instant::now());
                             client = Some((id, session));
                         }
-                        Order::Ask => {
-                            if let Some((_, urbs)) = &mut client {
-                                tracing::debug!("wanted by another USB/IP client");
-                                urbs.handle(urbs::Input::AskPeer, &mut self.device, Instant::now());
-                            }
-                        }
+                        Order::Ask => question.wanted = true,
                     }
                     continue;
                 }
-                () = alarm.at(self.device.next_deadline()) => Next::Due,
+                () = alarm.at(due.into_iter().flatten().min()) => Next::Due,
             };
             let now = Instant::now();
             match next {
@@ -476,6 +482,30 @@ fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
     let _ = asked.send(answer);
 }
 
+/// Whether the USB/IP client that has the device is to be asked if it is there. Each time leaves a line in its kernel's
+/// log, and whoever can connect can have it asked: not more often than a client that is gone needs to show that.
+#[derive(Default)]
+struct Question {
+    wanted: bool,
+    put: Option<Instant>,
+}
+
+impl Question {
+    /// When it is to be put, if it is.
+    fn due(&self) -> Option<Instant> {
+        self.put.filter(|_| self.wanted).map(|put| put + GONE_WAIT)
+    }
+
+    /// Whether it is to be put now; then it is.
+    fn is_put(&mut self, now: Instant) -> bool {
+        let is_put = self.wanted && self.due().is_none_or(|due| due <= now);
+        if is_put {
+            *self = Self { wanted: false, put: Some(now) };
+        }
+        is_put
+    }
+}
+
 /// A timer for deadlines that move with every command and hardly ever come: it is left as it is as long as it does
 /// not go off too late, because to set it takes a system call and a turn of the event loop.
 struct Alarm {
@@ -500,5 +530,27 @@ impl Alarm {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_asked_once_however_many_want_its_device() {
+        let mut question = Question::default();
+        let mut now = Instant::now();
+        for _ in 0..3 {
+            let mut put = 0;
+            for _ in 0..16 {
+                question.wanted = true;
+                put += u32::from(question.is_put(now));
+            }
+            assert_eq!(put, 1);
+            // The last of them is not forgotten.
+            now = question.due().unwrap();
+        }
+        assert!(question.is_put(now) && question.due().is_none());
     }
 }

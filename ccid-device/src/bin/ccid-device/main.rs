@@ -24,7 +24,7 @@ use tracing::Instrument;
 use tracing_subscriber::filter::LevelFilter;
 use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
-use vscard_protocol::passthru::PassthruCard;
+use vscard_protocol::passthru::{Lines, PassthruCard};
 use vscard_protocol::trace::Traced;
 
 use crate::control::{Control, Running};
@@ -332,8 +332,11 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
         tellers.push(tokio::spawn(async move {
+            let mut lines = Lines::new(Instant::now());
             while let Some(event) = told.recv().await {
-                tracing::info!("reader {number}: {event}");
+                if let Some(end) = lines.next(Instant::now()) {
+                    tracing::info!("reader {number}: {event}{end}");
+                }
                 let _ = events.send((number, event));
             }
         }));
