@@ -535,7 +535,44 @@ impl Alarm {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
+    use vscard_protocol::Secret;
+    use vscard_protocol::chardev::Plaintext;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_vmm_that_does_not_read_loses_its_session() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("reader");
+        let endpoint = format!("unix-listen:{}", path.display()).parse().expect("an endpoint");
+        let mut channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.expect("a channel");
+        let (news, mut told) = mpsc::unbounded_channel();
+        let mut reader = Reader::new(DeviceConfig::new("test"), Vec::new(), news).expect("a reader");
+        let (mut session, mut connections) = (Session::new(), Connections::new());
+        for _ in 0..2 {
+            let (vmm, stream) = tokio::join!(UnixStream::connect(&path), channel.stream());
+            let id = connections.add(stream.expect("a stream"), oneshot::channel().0);
+            // Hello, without any capability.
+            let hello = [0, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect::<Vec<_>>();
+            for input in [
+                usbredir::Input::Connected(ConnectionId(id)),
+                usbredir::Input::Received(ConnectionId(id), &hello),
+            ] {
+                session.handle(input, &mut reader.device, Instant::now());
+            }
+            reader.carry_usbredir(&mut session, &mut connections);
+            reader.tell_attached(session.is_attached());
+            assert_eq!(told.recv().await, Some(ReaderEvent::Attached));
+            connections.send(id, Secret::from(&vec![0; 16 << 20][..]));
+            reader.carry_usbredir(&mut session, &mut connections);
+            reader.tell_attached(session.is_attached());
+            assert_eq!(told.try_recv(), Ok(ReaderEvent::Detached));
+            let mut unread = Vec::new();
+            assert!(vmm.expect("a connection").read_to_end(&mut unread).await.is_ok());
+        }
+    }
 
     #[test]
     fn a_client_is_asked_once_however_many_want_its_device() {
