@@ -191,3 +191,12 @@ fn clients_are_served_again_after_too_many_of_them() {
     client.read_exact(&mut list).unwrap();
     assert_eq!(list, [1, 0x11, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
 }
+
+#[test]
+fn a_service_manager_that_cannot_be_told_is_warned_of() {
+    let place = Place::new();
+    let mut command = place.daemon(&[]);
+    command.env("NOTIFY_SOCKET", place.path("nobody"));
+    let (daemon, _) = Daemon::start(command);
+    daemon.line("WARN the service manager cannot be told: ");
+}

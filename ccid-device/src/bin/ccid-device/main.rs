@@ -358,7 +358,7 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
         tokio::spawn(control::serve(channel, control.clone()));
     }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::debug!("readiness not told: {error}");
+        tracing::warn!("the service manager cannot be told: {error}");
     }
     tracing::info!("ready");
     Ok(Started { tasks, tellers, control })
