@@ -340,11 +340,7 @@ impl<'a> Reader<'a> {
         slot.card = match self.checked("card", Self::u8, |card| *card < 3)? {
             0 => Card::Absent,
             1 => Card::Inactive,
-            _ => {
-                let offset = self.offset;
-                let atr = Atr::parse(self.block("ATR", 0..=vscard_protocol::atr::MAX_ATR)?);
-                Card::Active(atr.map_err(|_| RestoreError::Damaged { field: "ATR", offset })?)
-            }
+            _ => Card::Active(Atr::from_card(self.block("ATR", 0..=vscard_protocol::atr::MAX_ATR)?)),
         };
         let active = matches!(slot.card, Card::Active(_));
         slot.changed = self.flag("change")?;

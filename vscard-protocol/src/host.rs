@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use thiserror::Error;
 
+use crate::atr::{AtrError, MAX_ATR};
 use crate::codec::{self, DecodeError, Decoder};
 use crate::message::{
     Body, ErrorCode, Extension, Init, MAGIC, MAX_EXTENDED_PAYLOAD, MAX_PAYLOAD, Message, MessageType,
@@ -101,7 +102,7 @@ pub enum Failure {
 pub enum Notice {
     /// The client's ATR is none; the card is not taken.
     #[error("ATR refused: {0}")]
-    BadAtr(crate::atr::AtrError),
+    BadAtr(AtrError),
     /// A message that a client does not send; it was refused.
     #[error("unexpected {0} message refused")]
     Unexpected(MessageType),
@@ -338,7 +339,7 @@ impl Host {
                 self.remove_card();
                 self.send(reader, Body::Error(ErrorCode::SUCCESS));
             }
-            Body::Atr(bytes) => match Atr::parse(&bytes) {
+            Body::Atr(bytes) => match card_atr(&bytes) {
                 Ok(atr) => {
                     self.remove_card();
                     self.card = Some(atr.clone());
@@ -365,7 +366,7 @@ impl Host {
                 });
             }
             Body::PowerOn(bytes) if self.extension.is_some() => {
-                let atr = Atr::parse(&bytes);
+                let atr = card_atr(&bytes);
                 self.answered(Kind::PowerOn, |token| match atr {
                     Ok(atr) => Output::Powered(token, atr),
                     Err(_) => Output::Failed(token, Failure::NoResponse),
@@ -440,6 +441,14 @@ impl Host {
             self.remove_card();
             self.output.push_back(Output::Close(reason));
         }
+    }
+}
+
+/// What a client's card answered to reset, right in every detail or not. Its length alone can make it none.
+fn card_atr(bytes: &[u8]) -> Result<Atr, AtrError> {
+    match bytes.len() {
+        2..=MAX_ATR => Ok(Atr::from_card(bytes)),
+        _ => Atr::parse(bytes),
     }
 }
 
@@ -519,6 +528,23 @@ mod tests {
         assert_eq!(wire.say(0, ok()), ["answer 1 9000"]);
         assert_eq!(wire.say(0, Body::CardRemove), ["removed", "success for 0"]);
         assert_eq!(wire.transmit(2, &[0, 0xA4, 4, 0]), ["failed 2 the card was removed"]);
+    }
+
+    #[test]
+    fn a_card_with_an_imperfect_atr_is_taken() {
+        // A wrong TCK; bytes that follow the end; none of the historical bytes there.
+        for atr in [&[0x3B, 0x82, 0x01, b'o', b'k', 0][..], &[0x3B, 0x00, 0x00], &[0x3F, 0x02]] {
+            let (mut wire, hex) = (extended(), Atr::from_card(atr).to_string());
+            let atr = Bytes::copy_from_slice(atr);
+            assert!(wire.say(0, Body::Atr(atr.clone())).contains(&format!("inserted {hex}")));
+            wire.host.handle(Input::PowerOn(Token(1)), wire.now);
+            wire.outputs();
+            assert_eq!(wire.say(0, Body::PowerOn(atr)), [format!("powered 1 {hex}")]);
+        }
+        for none in [&[][..], &[0x3B], &[0x3B; MAX_ATR + 1]] {
+            let said = extended().say(0, Body::Atr(Bytes::copy_from_slice(none)));
+            assert!(said[0].starts_with("ATR refused: ") && said[1] == "general error for 0", "{said:?}");
+        }
     }
 
     #[test]

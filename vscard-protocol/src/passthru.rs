@@ -35,7 +35,7 @@ use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Respons
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a client that does not read.
 const MOST_UNSENT: usize = 256 * 1024;
-/// Lines about clients that the log takes at once, and after how long it takes one more.
+/// Lines of one kind that the log takes at once, and after how long it takes one more.
 const LINES: (u32, Duration) = (64, Duration::from_secs(60));
 
 /// A card that a remote client owns. Present while a client is connected and shows one.
@@ -140,19 +140,20 @@ struct Server {
     lines: Lines,
 }
 
-/// Clients come, go and make news as fast as they like; the log is not to follow them.
-struct Lines {
+/// Clients and guests come, go and make news as fast as they like; the log is not to follow them.
+pub struct Lines {
     left: u32,
     since: Instant,
 }
 
 impl Lines {
-    fn new(now: Instant) -> Self {
+    /// Room for 64 lines, and then for one a minute.
+    pub fn new(now: Instant) -> Self {
         Self { left: LINES.0, since: now }
     }
 
     /// If there is room for a line, what ends it.
-    fn next(&mut self, now: Instant) -> Option<&'static str> {
+    pub fn next(&mut self, now: Instant) -> Option<&'static str> {
         while self.left < LINES.0 && now >= self.since + LINES.1 {
             self.left += 1;
             self.since += LINES.1;
@@ -161,7 +162,7 @@ impl Lines {
             self.since = now;
         }
         self.left = self.left.checked_sub(1)?;
-        Some(if self.left == 0 { "; not all of what clients do is told from now on" } else { "" })
+        Some(if self.left == 0 { "; not all of this is told from now on" } else { "" })
     }
 }
 
@@ -281,7 +282,7 @@ impl Server {
                             refusal = Some(tokio::spawn(turned_away));
                         }
                     }
-                    Err(error) => tracing::debug!("{error}"),
+                    Err(error) => return error.to_string(),
                 },
                 () = due => host.handle_deadline(Instant::now()),
             }

@@ -16,6 +16,7 @@ use tokio::time::Sleep;
 use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
 
+use crate::usbip::management::GONE_WAIT;
 use crate::usbip::urbs::{self, Urbs};
 use crate::usbredir::{self, ConnectionId, Session};
 use crate::{Action, ConfigError, Device, DeviceConfig, SlotId};
@@ -290,9 +291,19 @@ impl Reader {
         let mut connections = Connections::new();
         let mut alarm = Alarm::new();
         let mut client: Option<(u64, Urbs)> = None;
+        let mut question = Question::default();
         loop {
+            match &mut client {
+                Some((_, urbs)) if question.is_put(Instant::now()) => {
+                    tracing::debug!("wanted by another USB/IP client");
+                    urbs.handle(urbs::Input::AskPeer, &mut self.device, Instant::now());
+                }
+                Some(_) => {}
+                None => question = Question::default(),
+            }
             self.carry_usbip(&mut client, &mut connections, &exports);
             self.tell_attached(client.is_some());
+            let due = [self.device.next_deadline(), question.due()];
             let next = tokio::select! {
                 happened = connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
@@ -307,16 +318,11 @@ impl Reader {
                             session.handle(input, &mut self.device, Instant::now());
                             client = Some((id, session));
                         }
-                        Order::Ask => {
-                            if let Some((_, urbs)) = &mut client {
-                                tracing::debug!("wanted by another USB/IP client");
-                                urbs.handle(urbs::Input::AskPeer, &mut self.device, Instant::now());
-                            }
-                        }
+                        Order::Ask => question.wanted = true,
                     }
                     continue;
                 }
-                () = alarm.at(self.device.next_deadline()) => Next::Due,
+                () = alarm.at(due.into_iter().flatten().min()) => Next::Due,
             };
             let now = Instant::now();
             match next {
@@ -476,6 +482,30 @@ fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
     let _ = asked.send(answer);
 }
 
+/// Whether the USB/IP client that has the device is to be asked if it is there. Each time leaves a line in its kernel's
+/// log, and whoever can connect can have it asked: not more often than a client that is gone needs to show that.
+#[derive(Default)]
+struct Question {
+    wanted: bool,
+    put: Option<Instant>,
+}
+
+impl Question {
+    /// When it is to be put, if it is.
+    fn due(&self) -> Option<Instant> {
+        self.put.filter(|_| self.wanted).map(|put| put + GONE_WAIT)
+    }
+
+    /// Whether it is to be put now; then it is.
+    fn is_put(&mut self, now: Instant) -> bool {
+        let is_put = self.wanted && self.due().is_none_or(|due| due <= now);
+        if is_put {
+            *self = Self { wanted: false, put: Some(now) };
+        }
+        is_put
+    }
+}
+
 /// A timer for deadlines that move with every command and hardly ever come: it is left as it is as long as it does
 /// not go off too late, because to set it takes a system call and a turn of the event loop.
 struct Alarm {
@@ -500,5 +530,64 @@ impl Alarm {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
+    use vscard_protocol::Secret;
+    use vscard_protocol::chardev::Plaintext;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_vmm_that_does_not_read_loses_its_session() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("reader");
+        let endpoint = format!("unix-listen:{}", path.display()).parse().expect("an endpoint");
+        let mut channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.expect("a channel");
+        let (news, mut told) = mpsc::unbounded_channel();
+        let mut reader = Reader::new(DeviceConfig::new("test"), Vec::new(), news).expect("a reader");
+        let (mut session, mut connections) = (Session::new(), Connections::new());
+        for _ in 0..2 {
+            let (vmm, stream) = tokio::join!(UnixStream::connect(&path), channel.stream());
+            let id = connections.add(stream.expect("a stream"), oneshot::channel().0);
+            // Hello, without any capability.
+            let hello = [0, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect::<Vec<_>>();
+            for input in [
+                usbredir::Input::Connected(ConnectionId(id)),
+                usbredir::Input::Received(ConnectionId(id), &hello),
+            ] {
+                session.handle(input, &mut reader.device, Instant::now());
+            }
+            reader.carry_usbredir(&mut session, &mut connections);
+            reader.tell_attached(session.is_attached());
+            assert_eq!(told.recv().await, Some(ReaderEvent::Attached));
+            connections.send(id, Secret::from(&vec![0; 16 << 20][..]));
+            reader.carry_usbredir(&mut session, &mut connections);
+            reader.tell_attached(session.is_attached());
+            assert_eq!(told.try_recv(), Ok(ReaderEvent::Detached));
+            let mut unread = Vec::new();
+            assert!(vmm.expect("a connection").read_to_end(&mut unread).await.is_ok());
+        }
+    }
+
+    #[test]
+    fn a_client_is_asked_once_however_many_want_its_device() {
+        let mut question = Question::default();
+        let mut now = Instant::now();
+        for _ in 0..3 {
+            let mut put = 0;
+            for _ in 0..16 {
+                question.wanted = true;
+                put += u32::from(question.is_put(now));
+            }
+            assert_eq!(put, 1);
+            // The last of them is not forgotten.
+            now = question.due().unwrap();
+        }
+        assert!(question.is_put(now) && question.due().is_none());
     }
 }

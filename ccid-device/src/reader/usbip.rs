@@ -1,7 +1,7 @@
 //! The USB/IP server: one endpoint, any number of readers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -14,10 +14,6 @@ use crate::usbip::{Export, Management, Urbs};
 
 /// Clients that may be choosing at a time; more wait in the backlog.
 const MOST_CHOOSING: usize = 16;
-/// After a client could not be accepted, as when there are no file descriptors left: the client stays in the
-/// backlog, so that trying again at once would never pause.
-const BACK_OFF: Duration = Duration::from_secs(1);
-
 /// What a reader hears from its server.
 pub(super) enum Order {
     /// A client has it. These bytes have come after its request.
@@ -95,26 +91,14 @@ async fn accept(
     senders: Vec<mpsc::Sender<Order>>,
 ) -> Result<(), ChannelError> {
     let places = Arc::new(Semaphore::new(MOST_CHOOSING));
-    let mut warned = false;
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
-        match channel.stream().await {
-            Ok(stream) => {
-                warned = false;
-                let (server, senders) = (server.clone(), senders.clone());
-                tokio::spawn(async move {
-                    choose(stream, &server, &senders).await;
-                    drop(place);
-                });
-            }
-            Err(error) if !error.is_transient() => return Err(error),
-            Err(error) => {
-                if !std::mem::replace(&mut warned, true) {
-                    tracing::warn!("{error}; trying again");
-                }
-                tokio::time::sleep(BACK_OFF).await;
-            }
-        }
+        let stream = channel.stream().await?;
+        let (server, senders) = (server.clone(), senders.clone());
+        tokio::spawn(async move {
+            choose(stream, &server, &senders).await;
+            drop(place);
+        });
     }
 }
 

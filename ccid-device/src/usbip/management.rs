@@ -25,7 +25,7 @@ const BUS: u32 = 1;
 const REQUEST_WAIT: Duration = Duration::from_secs(30);
 /// How long the client that has a device may take to show that it is gone, before another one is refused. The reset
 /// of its connection comes within a round trip.
-const GONE_WAIT: Duration = Duration::from_secs(3);
+pub(crate) const GONE_WAIT: Duration = Duration::from_secs(3);
 
 /// Status words of replies; clients take any but 0 for a refusal.
 const OK: u32 = 0;

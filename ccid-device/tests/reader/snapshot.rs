@@ -27,6 +27,25 @@ fn the_guest_goes_on() {
 }
 
 #[test]
+fn a_card_with_an_imperfect_atr_goes_on_as_others_do() {
+    let mut guest = Guest::new(Layout::Slots(1), 271);
+    guest.insert(0);
+    assert_eq!(guest.notification().unwrap(), "5003");
+    guest.send("62 00000000 00 01 00 0000");
+    let Some(Action::PowerOn { token, .. }) = guest.device.poll_action() else { panic!() };
+    // Its TCK is wrong.
+    let atr = bytes("3B82016F6B00");
+    guest.complete(token, Outcome::Powered(Atr::from_card(&atr)));
+    assert_eq!(guest.read().unwrap(), "800600000000010000003B82016F6B00");
+    let mut guest = restored(&guest);
+    let Some(Action::PowerOn { token, .. }) = guest.device.poll_action() else { panic!() };
+    guest.complete(token, Outcome::Powered(Atr::from_card(&atr)));
+    // T=1.
+    assert_eq!(guest.ask("6C 00000000 00 02 00 0000"), "820700000000020000011110004D002000");
+    assert_eq!(guest.ask("6F 04000000 00 03 00 0000 00B00000"), "8006000000000300000000B000009000");
+}
+
+#[test]
 fn another_card_is_seen_as_another() {
     for outcome in [Outcome::Powered(Atr::t0(b"other").unwrap()), Outcome::Failed(CardFailure::Mute)] {
         let mut guest = restored(&Guest::powered(271));

@@ -224,7 +224,7 @@ async fn a_client_that_is_never_content() -> Result<()> {
         let mut answer = [0; 12];
         let _ = stream.read_exact(&mut answer).await;
     }
-    daemon.line("not all of what clients do is told from now on").await?;
+    daemon.line("not all of this is told from now on").await?;
     let lines = daemon.mark();
     // The reader's own about insertions, at most one a second, and those of the start.
     ensure!(lines < 100, "{lines} lines:\n{}", daemon.log());

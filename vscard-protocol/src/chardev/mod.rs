@@ -15,7 +15,7 @@ mod wire;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -105,16 +105,33 @@ pub struct Channel {
 #[derive(Debug)]
 enum Listener {
     Tcp(TcpListener),
-    Unix { listener: UnixListener, _file: SocketFile },
+    // In this order: once nobody listens, the path is for whoever comes next.
+    Unix { _file: SocketFile, listener: UnixListener },
 }
 
-/// Removes the socket's file when the listener goes.
+/// Removes the socket's file when the listener goes, if it is there still and not another's.
 #[derive(Debug)]
-struct SocketFile(PathBuf);
+struct SocketFile {
+    path: PathBuf,
+    /// Device and inode; the latter is not given away while the socket is open.
+    identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    fn of_listener(path: &Path) -> Self {
+        Self { path: path.to_owned(), identity: Self::identity(path) }
+    }
+
+    fn identity(path: &Path) -> Option<(u64, u64)> {
+        std::fs::symlink_metadata(path).ok().map(|found| (found.dev(), found.ino()))
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        if self.identity.is_some() && Self::identity(&self.path) == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -136,7 +153,7 @@ impl Channel {
             }
             Endpoint::UnixListen { path } => {
                 let listener = bind_unix(path).await.map_err(listen)?;
-                Some(Listener::Unix { listener, _file: SocketFile(path.clone()) })
+                Some(Listener::Unix { _file: SocketFile::of_listener(path), listener })
             }
             _ => None,
         };
@@ -304,6 +321,18 @@ mod tests {
         let listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
         exchange(listen, endpoint(&format!("unix:{}", path.display()))).await;
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn the_socket_of_another_process_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("card.sock");
+        let listening = endpoint(&format!("unix-listen:{}", path.display()));
+        let listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _successor = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        drop(listen);
+        assert!(path.exists());
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! The control socket: JSON lines in QMP's style.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ccid_device::SlotId;
 use ccid_device::reader::{Handle, ReaderEvent};
@@ -14,8 +14,6 @@ use vscard_protocol::chardev::{Channel, Stream};
 const MOST_LINE: u64 = 64 * 1024;
 /// Clients at a time.
 const MOST_CLIENTS: usize = 8;
-/// After a client could not be accepted, as when there are no file descriptors left.
-const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// A running reader as the control socket shows it.
 pub(crate) struct Running {
@@ -36,24 +34,16 @@ pub(crate) struct Control {
 /// Serves clients until the channel is of no use.
 pub(crate) async fn serve(mut channel: Channel, control: Arc<Control>) {
     let places = Arc::new(Semaphore::new(MOST_CLIENTS));
-    let mut warned = false;
     while let Ok(place) = places.clone().acquire_owned().await {
         match channel.stream().await {
             Ok(stream) => {
-                warned = false;
                 let control = control.clone();
                 tokio::spawn(async move {
                     let _ = client(stream, &control).await;
                     drop(place);
                 });
             }
-            Err(error) if !error.is_transient() => return tracing::error!("no further commands: {error}"),
-            Err(error) => {
-                if !std::mem::replace(&mut warned, true) {
-                    tracing::warn!("{error}; trying again");
-                }
-                tokio::time::sleep(BACK_OFF).await;
-            }
+            Err(error) => return tracing::error!("no further commands: {error}"),
         }
     }
 }

@@ -7,30 +7,36 @@ mod spec;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
-use std::process::ExitCode;
+use std::process::exit;
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
 
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
 use emulated_card::setup::{OpenCard, SetupError};
-use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::Instrument;
 use tracing_subscriber::filter::LevelFilter;
 use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
-use vscard_protocol::passthru::PassthruCard;
+use vscard_protocol::passthru::{Lines, PassthruCard};
 use vscard_protocol::trace::Traced;
 
 use crate::control::{Control, Running};
 use crate::spec::{CardKind, CardSpec, ReaderSpec};
 
-const USAGE: u8 = 2;
-const NO_CARD: u8 = 3;
-const UNUSABLE: u8 = 5;
+const KILLED: i32 = 1;
+const USAGE: i32 = 2;
+const NO_CARD: i32 = 3;
+const UNUSABLE: i32 = 5;
+
+/// For the cards at the end. A PKCS#11 module may keep a thread for ever.
+const CLOSING: Duration = Duration::from_secs(2);
 
 const AFTER_HELP: &str = "\
 Readers: --reader KIND,[OPTIONS,]ENDPOINT
@@ -85,6 +91,7 @@ Control socket: one JSON object a line, as in QMP: query-readers, insert, remove
 
 Exit status:
   0  ended by SIGTERM, SIGINT or quit, the readers unplugged
+  1  ended by a second signal, without waiting
   2  the command line is wrong
   3  a card cannot be made: keys, certificate, PIN or state
   5  an endpoint cannot be used";
@@ -115,17 +122,17 @@ struct Cli {
 
 /// Why it does not run.
 struct Failure {
-    status: u8,
+    status: i32,
     message: String,
 }
 
 impl Failure {
-    fn new(status: u8, message: impl std::fmt::Display) -> Self {
+    fn new(status: i32, message: impl std::fmt::Display) -> Self {
         Self { status, message: message.to_string() }
     }
 }
 
-fn main() -> ExitCode {
+fn main() {
     // PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
     let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
@@ -142,22 +149,45 @@ fn main() -> ExitCode {
         .with_target(false)
         .log_internal_errors(false)
         .init();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let result = match runtime {
-        Ok(runtime) => {
-            let result = runtime.block_on(run(cli));
-            runtime.shutdown_background();
-            result
-        }
-        Err(error) => Err(Failure::new(UNUSABLE, format!("no event loop: {error}"))),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    let mut cards = Vec::new();
+    let result = watch_signals().and_then(|ended| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| Failure::new(UNUSABLE, format!("no event loop: {error}")))?;
+        let result = runtime.block_on(run(cli, &ended, &mut cards));
+        runtime.shutdown_background();
+        result
+    });
+    let status = match result {
+        Ok(()) => 0,
         Err(failure) => {
             let _ = writeln!(std::io::stderr(), "ccid-device: {}", failure.message);
-            ExitCode::from(failure.status)
+            failure.status
         }
+    };
+    close(cards);
+    end(status);
+}
+
+/// Gives up the cards, which waits for what their modules are doing, but not for ever.
+fn close(cards: Vec<OpenCard>) {
+    let (closing, closed) = std::sync::mpsc::channel::<()>();
+    let close = move || {
+        drop(cards);
+        drop(closing);
+    };
+    let thread = std::thread::Builder::new().name("close".into()).spawn(close);
+    if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
+        tracing::warn!("ended without a card whose module does not come back");
     }
+}
+
+/// Ends the process, even if the exit handlers of a module wait for what hangs in it.
+fn end(status: i32) -> ! {
+    let _ = std::thread::Builder::new().name("end".into()).spawn(|| {
+        std::thread::sleep(CLOSING);
+        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+    });
+    exit(status)
 }
 
 /// Which card goes where: for each reader, by slot.
@@ -184,21 +214,21 @@ fn place(cli: &mut Cli) -> Result<Vec<Vec<Option<CardKind>>>, Failure> {
     name_apart(&mut cli.readers).map_err(usage)?;
     let mut all = Vec::new();
     for (number, (reader, mut cards)) in cli.readers.iter_mut().zip(placed).enumerate() {
-        let needed = cards.keys().last().map_or(1, |last| last.saturating_add(1));
+        let last = cards.keys().last().copied().unwrap_or(0);
+        let needed = last.saturating_add(1);
         if !reader.layout_given {
             let layout = Layout::Slots(needed);
             let checked = DeviceConfig { layout, ..reader.config.clone() }.check();
             if let Err(error @ ConfigError::Slots(_)) = checked {
-                return Err(usage(format!("--card: slot {} of reader {number}: {error}", needed - 1)));
+                return Err(usage(format!("--card: slot {last} of reader {number}: {error}")));
             }
             reader.config.layout = Layout::Slots(needed);
         }
         reader.config.check().map_err(|error| usage(format!("--reader: reader {number}: {error}")))?;
         let slots = reader.config.layout.slots();
         if needed > slots {
-            let slot = needed - 1;
             return Err(usage(format!(
-                "--card: reader {number} has {slots} slots, so there is no slot {slot}"
+                "--card: reader {number} has {slots} slots, so there is no slot {last}"
             )));
         }
         all.push((0..slots).map(|slot| cards.remove(&slot)).collect());
@@ -232,8 +262,23 @@ fn name_apart(readers: &mut [ReaderSpec]) -> Result<(), String> {
     Ok(())
 }
 
-async fn run(mut cli: Cli) -> Result<(), Failure> {
-    let mut signals = Signals::watch()?;
+/// Everything that runs.
+struct Started {
+    tasks: JoinSet<Result<(), Failure>>,
+    tellers: Vec<JoinHandle<()>>,
+    control: Arc<Control>,
+}
+
+/// Until it is to end. Whoever drops the `kept` cards may wait for a module.
+async fn run(cli: Cli, ended: &Notify, kept: &mut Vec<OpenCard>) -> Result<(), Failure> {
+    let started = tokio::select! {
+        started = start(cli, kept) => started?,
+        () = ended.notified() => return Ok(()),
+    };
+    started.serve(ended).await
+}
+
+async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failure> {
     let placed = place(&mut cli)?;
     if let Some(endpoint) =
         cli.control.as_ref().filter(|endpoint| !matches!(endpoint, Endpoint::UnixListen { .. }))
@@ -244,7 +289,6 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
     let plaintext = if cli.allow_plaintext { Plaintext::Anywhere } else { Plaintext::LoopbackOnly };
     let unusable = |error| Failure::new(UNUSABLE, error);
     let mut tasks: JoinSet<Result<(), Failure>> = JoinSet::new();
-    let mut kept: Vec<OpenCard> = Vec::new();
     let (events, _) = broadcast::channel(256);
 
     // All cards first: what is wrong with one of them is said before any guest sees a reader.
@@ -257,9 +301,9 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
             let source: Option<Arc<dyn CardSource>> = match card {
                 None => None,
                 Some(CardKind::Certificates(setup) | CardKind::Token(setup)) => {
-                    Some(keep(&mut kept, setup.open())?)
+                    Some(keep(kept, move || setup.open()).await?)
                 }
-                Some(CardKind::Raw(setup)) => Some(keep(&mut kept, setup.open())?),
+                Some(CardKind::Raw(setup)) => Some(keep(kept, move || setup.open()).await?),
                 Some(CardKind::Passthru { deadline, endpoint }) => {
                     let channel = Channel::open(endpoint, plaintext).await.map_err(unusable)?;
                     let (card, serve) = PassthruCard::new(channel, deadline);
@@ -288,8 +332,11 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
         tellers.push(tokio::spawn(async move {
+            let mut lines = Lines::new(Instant::now());
             while let Some(event) = told.recv().await {
-                tracing::info!("reader {number}: {event}");
+                if let Some(end) = lines.next(Instant::now()) {
+                    tracing::info!("reader {number}: {event}{end}");
+                }
                 let _ = events.send((number, event));
             }
         }));
@@ -311,37 +358,59 @@ async fn run(mut cli: Cli) -> Result<(), Failure> {
         tokio::spawn(control::serve(channel, control.clone()));
     }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::debug!("readiness not told: {error}");
+        tracing::warn!("the service manager cannot be told: {error}");
     }
     tracing::info!("ready");
-    let ended = signals.until_end(&mut tasks, &control).await;
-    // Whatever ended it: no guest is to be left with a reader that says nothing.
-    let unplugs: Vec<_> = control
-        .readers
-        .iter()
-        .map(|reader| {
-            let handle = reader.handle.clone();
-            tokio::spawn(async move { handle.unplug().await })
-        })
-        .collect();
-    for unplug in unplugs {
-        let _ = unplug.await;
-    }
-    // They have told the last of it when no reader is left.
-    tasks.shutdown().await;
-    for teller in tellers {
-        let _ = teller.await;
-    }
-    drop(kept);
-    ended
+    Ok(Started { tasks, tellers, control })
 }
 
-/// Inserts a card of ours, and keeps its claim.
-fn keep(
+impl Started {
+    async fn serve(mut self, ended: &Notify) -> Result<(), Failure> {
+        let result = self.until_end(ended).await;
+        // Whatever ended it: no guest is to be left with a reader that says nothing.
+        let readers = &self.control.readers;
+        let unplugs: Vec<_> = readers
+            .iter()
+            .map(|reader| {
+                let handle = reader.handle.clone();
+                tokio::spawn(async move { handle.unplug().await })
+            })
+            .collect();
+        for unplug in unplugs {
+            let _ = unplug.await;
+        }
+        // They have told the last of it when no reader is left.
+        self.tasks.shutdown().await;
+        for teller in self.tellers {
+            let _ = teller.await;
+        }
+        result
+    }
+
+    /// Until a signal or a command ends it, or something cannot go on.
+    async fn until_end(&mut self, ended: &Notify) -> Result<(), Failure> {
+        loop {
+            tokio::select! {
+                () = ended.notified() => return Ok(()),
+                () = self.control.quit.notified() => return Ok(()),
+                Some(ended) = self.tasks.join_next() => match ended {
+                    Ok(result) => result?,
+                    Err(error) => return Err(Failure::new(UNUSABLE, error)),
+                },
+            }
+        }
+    }
+}
+
+/// Opens a card, which may wait for a secret to be written or for a module, inserts it if it is ours, and keeps its
+/// claim.
+async fn keep(
     kept: &mut Vec<OpenCard>,
-    card: Result<OpenCard, SetupError>,
+    open: impl FnOnce() -> Result<OpenCard, SetupError> + Send + 'static,
 ) -> Result<Arc<dyn CardSource>, Failure> {
-    let card = card.map_err(|error| Failure::new(NO_CARD, error))?;
+    let no_card = |error: &dyn std::fmt::Display| Failure::new(NO_CARD, error);
+    let opened = tokio::task::spawn_blocking(open).await.map_err(|panic| no_card(&panic))?;
+    let card = opened.map_err(|error| no_card(&error))?;
     if let Some(slot) = &card.slot {
         slot.insert();
     }
@@ -388,43 +457,42 @@ async fn carriers(
     Ok(carriers.into_iter().flatten().collect())
 }
 
-/// The signals that mean something, from the very start.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    fn watch() -> Result<Self, Failure> {
-        let watch = |kind| signal(kind).map_err(|error| Failure::new(UNUSABLE, format!("signals: {error}")));
-        Ok(Self {
-            terminate: watch(SignalKind::terminate())?,
-            interrupt: watch(SignalKind::interrupt())?,
-            hangup: watch(SignalKind::hangup())?,
-        })
-    }
-
-    /// Until a signal or a command ends it, or something cannot go on.
-    async fn until_end(
-        &mut self,
-        tasks: &mut JoinSet<Result<(), Failure>>,
-        control: &Control,
-    ) -> Result<(), Failure> {
+/// The signals that mean something, from the very start, on a thread of their own: whatever the others wait for, the
+/// first one ends it in order, and another one more than a second later at once.
+fn watch_signals() -> Result<Arc<Notify>, Failure> {
+    let failure = |error| Failure::new(UNUSABLE, format!("signals: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failure)?;
+    let watch = |kind| {
+        let _runtime = runtime.enter();
+        signal(kind).map_err(failure)
+    };
+    let mut terminate = watch(SignalKind::terminate())?;
+    let mut interrupt = watch(SignalKind::interrupt())?;
+    let mut hangup = watch(SignalKind::hangup())?;
+    let ended = Arc::new(Notify::new());
+    let told = ended.clone();
+    let watching = async move {
+        let mut first = None;
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => return Ok(()),
-                _ = self.interrupt.recv() => return Ok(()),
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
                 // Nothing is to be read again, and no guest is to lose its card.
-                _ = self.hangup.recv() => tracing::info!("SIGHUP: nothing to do"),
-                () = control.quit.notified() => return Ok(()),
-                Some(ended) = tasks.join_next() => match ended {
-                    Ok(result) => result?,
-                    Err(error) => return Err(Failure::new(UNUSABLE, error)),
-                },
+                _ = hangup.recv() => {
+                    tracing::info!("SIGHUP: nothing to do");
+                    continue;
+                }
             }
+            // The same signal often comes twice: to the process and to its group.
+            if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
+                end(KILLED);
+            }
+            told.notify_one();
         }
-    }
+    };
+    let thread = std::thread::Builder::new().name("signals".into());
+    thread.spawn(move || runtime.block_on(watching)).map_err(failure)?;
+    Ok(ended)
 }
 
 fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
@@ -435,6 +503,10 @@ fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+    use tokio::sync::oneshot;
+
     use super::*;
 
     fn serials(readers: &[&str]) -> Result<Vec<String>, String> {
@@ -457,5 +529,61 @@ mod tests {
         assert_eq!(serials(&same).unwrap(), ["a", "a", "a"]);
         let error = serials(&[same[2], "usbip,tcp-listen:127.0.0.1:1", same[2]]).unwrap_err();
         assert_eq!(error, "--reader: reader 2: tcp-listen:127.0.0.1:1 has a reader with serial=a");
+    }
+
+    #[test]
+    fn a_slot_that_is_not_there_is_named() {
+        for (options, slot, error) in [
+            ("", 255, "--card: slot 255 of reader 0: "),
+            ("slots=2,", 255, "no slot 255"),
+            ("slots=2,", 2, "no slot 2"),
+        ] {
+            let reader = format!("usbredir,{options}unix:/x");
+            let card = format!("pcsc,slot={slot}");
+            let mut cli = Cli::try_parse_from(["ccid-device", "--reader", &reader, "--card", &card]).unwrap();
+            let said = place(&mut cli).err().unwrap().message;
+            assert!(said.contains(error), "{said}");
+        }
+    }
+
+    /// The type of the next usbredir packet; `None` at the end.
+    async fn packet(vmm: &mut UnixStream) -> Option<u32> {
+        let kind = vmm.read_u32_le().await.ok()?;
+        let length = vmm.read_u32_le().await.unwrap();
+        vmm.read_exact(&mut vec![0; 4 + length as usize]).await.unwrap();
+        Some(kind)
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_that_fails_for_good_unplugs_the_other_readers() {
+        const DEVICE_CONNECT: u32 = 1;
+        const DEVICE_DISCONNECT: u32 = 2;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("reader");
+        let reader = format!("usbredir,unix-listen:{}", path.display());
+        let cli = Cli::try_parse_from(["ccid-device", "--reader", &reader]).unwrap();
+        let mut started = start(cli, &mut Vec::new()).await.ok().unwrap();
+        let (fail, failed) = oneshot::channel::<()>();
+        started.tasks.spawn(async move {
+            let _ = failed.await;
+            Err(Failure::new(UNUSABLE, "of no use"))
+        });
+        let guest = async {
+            let mut vmm = UnixStream::connect(&path).await.unwrap();
+            // Hello, without any capability.
+            let hello: Vec<u8> =
+                [0_u32, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect();
+            vmm.write_all(&hello).await.unwrap();
+            while packet(&mut vmm).await.unwrap() != DEVICE_CONNECT {}
+            drop(fail);
+            assert_eq!(packet(&mut vmm).await, Some(DEVICE_DISCONNECT));
+            assert_eq!(packet(&mut vmm).await, None);
+        };
+        let ended = Notify::new();
+        let (result, ()) = tokio::join!(started.serve(&ended), guest);
+        assert_eq!(
+            result.err().map(|failure| (failure.status, failure.message)),
+            Some((UNUSABLE, "of no use".into()))
+        );
     }
 }

@@ -48,6 +48,9 @@ impl CardKind {
     }
 }
 
+/// A year, in seconds: for so long at most a PIN that nobody uses stays verified, if it is to be forgotten.
+const LONGEST_VERIFIED: u64 = 365 * 86_400;
+
 /// The parts of a value. A comma inside an option's value is written twice.
 struct Parts {
     kind: String,
@@ -55,6 +58,8 @@ struct Parts {
     endpoint: Option<Endpoint>,
 }
 
+/// Options that may be given more than once.
+const REPEATED: [&str; 4] = ["cert", "pem", "p12", "module"];
 const ENDPOINTS: [&str; 4] = ["unix:", "unix-listen:", "tcp:", "tcp-listen:"];
 
 fn parts(text: &str) -> Result<Parts, String> {
@@ -81,12 +86,17 @@ fn parts(text: &str) -> Result<Parts, String> {
     }
     let mut fields = fields.into_iter();
     let kind = fields.next().unwrap_or_default();
-    let options = fields
-        .map(|field| match field.split_once('=') {
+    let mut options: Vec<(String, Option<String>)> = Vec::new();
+    for field in fields {
+        let (key, value) = match field.split_once('=') {
             Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
             None => (field, None),
-        })
-        .collect();
+        };
+        if !REPEATED.contains(&key.as_str()) && options.iter().any(|(other, _)| *other == key) {
+            return Err(format!("{key} is given twice"));
+        }
+        options.push((key, value));
+    }
     Ok(Parts { kind, options, endpoint })
 }
 
@@ -97,6 +107,19 @@ fn value(key: &str, value: Option<String>) -> Result<String, String> {
 fn number<T: std::str::FromStr>(key: &str, text: Option<String>, range: &str) -> Result<T, String> {
     let text = value(key, text)?;
     text.parse().map_err(|_| format!("{key}={text} is not a number ({range})"))
+}
+
+fn within<T: std::str::FromStr + PartialOrd + std::fmt::Display>(
+    key: &str,
+    text: Option<String>,
+    range: std::ops::RangeInclusive<T>,
+    unit: &str,
+) -> Result<T, String> {
+    let allowed = format!("{} to {}{unit}", range.start(), range.end());
+    match number(key, text, &allowed)? {
+        number if range.contains(&number) => Ok(number),
+        other => Err(format!("{key}={other} is not within {allowed}")),
+    }
 }
 
 impl std::str::FromStr for ReaderSpec {
@@ -201,18 +224,13 @@ fn common(card: &mut CardSetup, key: &str, text: Option<String>) -> Result<Optio
         "cert" => card.certificates.extend(value(key, text)?.parse::<Wanted>()),
         "card-name" => card.card_name = value(key, text)?,
         "profile" => card.profile = value(key, text)?.parse().map_err(|error| format!("{key}: {error}"))?,
-        "forget-pin" => card.forget_pin = Some(Duration::from_secs(number(key, text, "seconds")?)),
-        "keep-tries" => card.keep_tries = Some(keep_tries(key, text)?),
+        "forget-pin" => {
+            card.forget_pin = Some(Duration::from_secs(within(key, text, 1..=LONGEST_VERIFIED, " seconds")?));
+        }
+        "keep-tries" => card.keep_tries = Some(within(key, text, 0..=15, "")?),
         _ => return Ok(Some(text)),
     }
     Ok(None)
-}
-
-fn keep_tries(key: &str, text: Option<String>) -> Result<u8, String> {
-    number(key, text, "0 to 15").and_then(|keep| match keep {
-        0..=15 => Ok(keep),
-        _ => Err(format!("{key}={keep} is not within 0 to 15")),
-    })
 }
 
 fn certificates(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
@@ -284,7 +302,7 @@ fn raw(options: Vec<(String, Option<String>)>) -> Result<RawSetup, String> {
         match key.as_str() {
             "name" => raw.config.reader = value(&key, text)?,
             "exclusive" if text.is_none() => raw.config.exclusive = true,
-            "keep-tries" => raw.keep_tries = Some(keep_tries(&key, text)?),
+            "keep-tries" => raw.keep_tries = Some(within(&key, text, 0..=15, "")?),
             other => {
                 return Err(format!(
                     "unknown option {other:?}; there are name, exclusive, keep-tries, reader and slot"
@@ -299,12 +317,7 @@ fn passthru(options: Vec<(String, Option<String>)>, endpoint: Option<Endpoint>) 
     let mut deadline = 20;
     for (key, text) in options {
         match key.as_str() {
-            "deadline" => {
-                deadline = number(&key, text, "1 to 3600 seconds")?;
-                if !(1..=3600).contains(&deadline) {
-                    return Err(format!("deadline={deadline} is not within 1 to 3600 seconds"));
-                }
-            }
+            "deadline" => deadline = within(&key, text, 1..=3600, " seconds")?,
             other => return Err(format!("unknown option {other:?}; there are deadline, reader and slot")),
         }
     }
@@ -365,6 +378,12 @@ mod tests {
         assert!(card("host,pin-file=x").contains("unknown option \"pin-file\""));
         assert!(card("cert,db=/d,pem=a").contains("db does not go with pem"));
         assert!(card("pcsc,keep-tries=16").contains("0 to 15"));
+        for seconds in ["0", "31536001"] {
+            let error = card(&format!("cert,db=/d,cert=a,forget-pin={seconds}"));
+            assert_eq!(error, format!("forget-pin={seconds} is not within 1 to 31536000 seconds"));
+        }
+        assert_eq!(card("cert,db=/d,cert=a,db=/e"), "db is given twice");
+        assert_eq!(reader("usbredir,slots=1,slots=2,unix:/x"), "slots is given twice");
         assert!(card("passthru,deadline=0,unix:/x").contains("1 to 3600"));
         assert!(card("passthru,deadline=3").contains("endpoint is missing"));
         assert!(card("cert,cert=a,unix:/x").contains("no endpoint"));
