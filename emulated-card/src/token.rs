@@ -169,11 +169,10 @@ impl Shared {
     /// Follows the token until the card is dropped. `handled` is the one that was seen last.
     fn follow(&self, mut seen: u64, mut handled: Option<Token>) {
         loop {
-            self.watch.wait(seen);
+            seen = self.watch.wait(seen);
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            seen = self.watch.changes();
             let inserted = self.lock().inserted.as_ref().map(|inserted| inserted.token.clone());
             if inserted.is_some_and(|inserted| self.watch.tokens().contains(&inserted)) {
                 // Whatever else came or went.
@@ -235,6 +234,24 @@ impl Shared {
             // A power-up that runs beside this may hold the slot yet.
             inserted.slot.remove();
             tracing::info!("the token {:?} is gone, and the card on it", inserted.token.label());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_that_is_dropped_while_tokens_change_ends() {
+        let make = || -> Make { Box::new(|_| Err("no token is in".into())) };
+        for turn in 0..20_000 {
+            let directory = StateDirectory::at("/nonexistent");
+            let card = TokenCard::open(&[], None, directory, None, make()).unwrap();
+            ring();
+            // For some number of these, the thread is about to wait again.
+            (0..turn % 1000).for_each(|_| std::hint::spin_loop());
+            drop(card);
         }
     }
 }

@@ -107,11 +107,11 @@ impl TokenWatch {
         *BELL.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Blocks until [`changes`](Self::changes) gives another number than `seen`. What changed may be in another
-    /// module, or nothing.
-    pub(crate) fn wait(&self, seen: u64) {
+    /// Blocks until [`changes`](Self::changes) gives another number than `seen`, and returns that: whatever is rung for
+    /// after that ends the next wait. What changed may be in another module, or nothing.
+    pub(crate) fn wait(&self, seen: u64) -> u64 {
         let count = BELL.0.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(BELL.1.wait_while(count, |count| *count == seen).unwrap_or_else(PoisonError::into_inner));
+        *BELL.1.wait_while(count, |count| *count == seen).unwrap_or_else(PoisonError::into_inner)
     }
 }
 
