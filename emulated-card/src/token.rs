@@ -1,5 +1,6 @@
 //! A card of what is on a token: there while the token is in, removed with it.
 
+use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -159,6 +160,9 @@ impl Shared {
             Some(wanted) => [token.label(), token.serial_number()].contains(&wanted.as_str()),
             None => token.needs_login(),
         });
+        // One that two modules reach is one token.
+        let mut names = HashSet::new();
+        tokens.retain(|token| names.insert(token.name()));
         if tokens.len() > 1 {
             let shown = |token: &Token| format!("{:?} ({:?})", token.label(), token.serial_number());
             return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));

@@ -323,6 +323,21 @@ fn a_token_is_for_one_card() {
     TokenStore::open(&token, &host.state()).unwrap();
 }
 
+#[tokio::test]
+async fn a_token_that_two_modules_reach_is_one() {
+    let Some(host) = in_a_process_with_softhsm("a_token_that_two_modules_reach_is_one") else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let copy = host.path("copy.so");
+    fs::copy(SOFTHSM, &copy).unwrap();
+    let copy = Module::load(&copy).unwrap();
+    let card = card_on_one_of(&[copy.clone(), module()], &host, None).unwrap();
+    assert!(card.presence().get().insertion().is_some());
+    for module in [module(), copy] {
+        let error = card_on_one_of(&[module], &host, None).unwrap_err();
+        assert!(error.to_string().contains("another card on it"), "{error}");
+    }
+}
+
 #[test]
 fn wrong_pins_are_counted() {
     let Some(host) = in_a_process_with_softhsm("wrong_pins_are_counted") else { return };
@@ -345,9 +360,11 @@ fn wrong_pins_are_counted() {
 fn modules_are_found_and_what_is_none_is_named() {
     let Some(host) = in_a_process_with_softhsm("modules_are_found_and_what_is_none_is_named") else { return };
     let load = |library: &str| Module::load(Path::new(library)).unwrap_err();
-    for (library, reason) in
-        [("/missing.so", "PR_LOAD_LIBRARY_ERROR"), ("libc.so.6", "PR_FIND_SYMBOL_ERROR"), ("/", "PR_LOAD")]
-    {
+    for (library, reason) in [
+        ("/missing.so", "No such file or directory"),
+        ("libc.so.6", "PR_FIND_SYMBOL_ERROR"),
+        ("/", "PR_LOAD"),
+    ] {
         let error = load(library).to_string();
         assert!(error.contains(library) && error.contains(reason), "{error}");
     }
@@ -373,13 +390,21 @@ fn modules_are_found_and_what_is_none_is_named() {
 }
 
 fn card_on(host: &Host, wanted: Option<&str>) -> Result<TokenCard, TokenCardError> {
+    card_on_one_of(&[module()], host, wanted)
+}
+
+fn card_on_one_of(
+    modules: &[Module],
+    host: &Host,
+    wanted: Option<&str>,
+) -> Result<TokenCard, TokenCardError> {
     let make = |store: Arc<TokenStore>| {
         let id = CardId::derive(store.certificates(), "");
         let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
         let options = CardOptions { profile: Profile::Cac, slots: slot::assign(store.certificates(), &[])? };
         Ok(EmulatedCard::new(store, Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))?)
     };
-    TokenCard::open(&[module()], wanted.map(str::to_owned), host.state(), None, Box::new(make))
+    TokenCard::open(modules, wanted.map(str::to_owned), host.state(), None, Box::new(make))
 }
 
 #[tokio::test]

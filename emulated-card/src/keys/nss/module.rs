@@ -43,7 +43,7 @@ pub enum ModuleError {
     Load {
         /// The path as it was given.
         library: String,
-        /// The NSS error.
+        /// What the system or NSS said.
         reason: String,
     },
     /// The list of modules cannot be read.
@@ -100,17 +100,20 @@ impl Module {
     fn load_with(library: &str, parameters: &str) -> Result<Self, ModuleError> {
         static LOADED: Mutex<Vec<Module>> = Mutex::new(Vec::new());
 
-        let path = if library.contains('/') { std::fs::canonicalize(library).ok() } else { None };
+        let failed = |reason: String| ModuleError::Load { library: library.to_owned(), reason };
+        let path = if library.contains('/') && !library.contains('\0') {
+            // NSS says of a file that is not there only that it does not load.
+            Some(std::fs::canonicalize(library).map_err(|error| failed(error.to_string()))?)
+        } else {
+            None
+        };
         let library = path.as_ref().and_then(|path| path.to_str()).unwrap_or(library);
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = loaded.iter().find(|module| module.library() == library) {
             return Ok(module.clone());
         }
         let spec = spec(library, parameters).ok_or_else(|| ModuleError::Path { library: library.into() })?;
-        let module = ffi::Module::load(&spec).map_err(|reason| ModuleError::Load {
-            library: library.to_owned(),
-            reason: reason.to_string(),
-        })?;
+        let module = ffi::Module::load(&spec).map_err(|reason| failed(reason.to_string()))?;
         let module = Self {
             loaded: Arc::new(Loaded { library: library.to_owned(), module, watcher: Mutex::default() }),
         };

@@ -47,12 +47,12 @@ impl Token {
         if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
     }
 
-    /// What there is one of at a time, whatever slot it is in: only a token without a serial number is told from others
-    /// by its slot.
+    /// What there is one of at a time, whatever slot it is in and whatever module reaches it: only a token without a
+    /// serial number is told from others by these.
     pub(crate) fn name(&self) -> String {
         let TokenInfo { label, manufacturer, model, serial_number, .. } = &*self.info;
-        let slot = if serial_number.is_empty() { self.slot.id() } else { 0 };
-        format!("{:?}", (self.module.library(), manufacturer, model, serial_number, label, slot))
+        let place = serial_number.is_empty().then(|| (self.module.library(), self.slot.id()));
+        format!("{:?}", (manufacturer, model, serial_number, label, place))
     }
 }
 
