@@ -147,27 +147,44 @@ impl CardSource for TokenCard {
     }
 }
 
+/// The name of the token that a card would be on, which is in, and what it calls itself.
+#[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+pub(crate) fn name_of_token(
+    modules: &[Module],
+    wanted: Option<&str>,
+) -> Result<Option<(String, String)>, TokenCardError> {
+    let found = find(TokenWatch::new(modules)?.tokens(), wanted)?;
+    Ok(found.map(|token| (token.name(), token.label().to_owned())))
+}
+
+/// The one of `tokens` that is meant.
+fn find(mut tokens: Vec<Token>, wanted: Option<&str>) -> Result<Option<Token>, TokenCardError> {
+    tokens.retain(|token| match wanted {
+        Some(wanted) => [token.label(), token.serial_number()].contains(&wanted),
+        None => token.needs_login(),
+    });
+    // One that two modules reach is one token.
+    let mut names = HashSet::new();
+    tokens.retain(|token| names.insert(token.name()));
+    if tokens.len() > 1 {
+        return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
+    }
+    Ok(tokens.pop())
+}
+
+fn shown(token: &Token) -> String {
+    format!("{:?} ({:?})", token.label(), token.serial_number())
+}
+
 impl Shared {
+    /// The token that is meant, if it is in.
+    fn find(&self) -> Result<Option<Token>, TokenCardError> {
+        find(self.watch.tokens(), self.wanted.as_deref())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Current> {
         // Nothing that holds the lock can panic half-way through a change.
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The token that is meant, if it is in.
-    fn find(&self) -> Result<Option<Token>, TokenCardError> {
-        let mut tokens = self.watch.tokens();
-        tokens.retain(|token| match &self.wanted {
-            Some(wanted) => [token.label(), token.serial_number()].contains(&wanted.as_str()),
-            None => token.needs_login(),
-        });
-        // One that two modules reach is one token.
-        let mut names = HashSet::new();
-        tokens.retain(|token| names.insert(token.name()));
-        if tokens.len() > 1 {
-            let shown = |token: &Token| format!("{:?} ({:?})", token.label(), token.serial_number());
-            return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
-        }
-        Ok(tokens.pop())
     }
 
     /// Follows the token until the card is dropped. `handled` is the one that was seen last.

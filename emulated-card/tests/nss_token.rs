@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use emulated_card::card::{CardOptions, EmulatedCard, Profile};
 use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, TokenStore, TokenWatch};
@@ -121,6 +121,12 @@ impl Host {
         run("pkcs11-tool", "opensc", &arguments);
     }
 
+    /// As another program does it.
+    fn log_in(&self, token: &str) {
+        let arguments = ["--module", SOFTHSM, "--token-label", token, "--login", "--pin", PIN, "-O"];
+        run("pkcs11-tool", "opensc", &arguments.map(OsStr::new));
+    }
+
     fn state(&self) -> StateDirectory {
         StateDirectory::at(self.path("state"))
     }
@@ -135,6 +141,12 @@ impl Host {
         assert_eq!(tokens.len(), 1);
         TokenStore::open(&tokens[0], &self.state()).unwrap()
     }
+}
+
+/// The PIN of a token, with a counter that every card on it has in common.
+fn reference(host: &Host, store: &Arc<TokenStore>) -> ReferenceData {
+    let token = store.token().serial_number();
+    ReferenceData::of_token(&host.state(), token, Arc::clone(store) as Arc<dyn KeyStore>, 3)
 }
 
 fn module() -> Module {
@@ -343,7 +355,7 @@ fn wrong_pins_are_counted() {
     let Some(host) = in_a_process_with_softhsm("wrong_pins_are_counted") else { return };
     host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
     let store: Arc<TokenStore> = Arc::new(host.store());
-    let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+    let reference = reference(&host, &store);
     let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store);
     assert!(matches!(verify("000000").err(), Some(PinError::Wrong { left: 2 })));
     assert_eq!(reference.tries_left().unwrap(), 2);
@@ -354,6 +366,104 @@ fn wrong_pins_are_counted() {
     }
     assert!(matches!(verify(PIN).err(), Some(PinError::Blocked)));
     assert!(matches!(reference.without_pin(&*store).err(), Some(PinError::NotSupported)));
+    // Whoever comes anew finds it so.
+    assert_eq!(self::reference(&host, &store).tries_left().unwrap(), 0);
+    let reference = self::reference(&host, &store);
+    assert!(matches!(
+        reference.verify(&Secret::from(PIN.as_bytes()), &*store).err(),
+        Some(PinError::Blocked)
+    ));
+    assert!(matches!(self::reference(&host, &store).tries_left(), Ok(0)));
+    // SoftHSM tells other programs that there were wrong PINs, until one of them gives the right one.
+    host.log_in("card");
+    assert_eq!(reference.tries_left().unwrap(), 3);
+    assert!(matches!(
+        reference.verify(&Secret::from(&b"000000"[..]), &*store).err(),
+        Some(PinError::Wrong { left: 2 })
+    ));
+    drop(reference.verify(&Secret::from(PIN.as_bytes()), &*store).unwrap());
+    assert_eq!(reference.tries_left().unwrap(), 3);
+}
+
+#[test]
+fn a_token_that_fails_when_it_has_the_pin_may_have_counted() {
+    let test = "a_token_that_fails_when_it_has_the_pin_may_have_counted";
+    let Some(host) = in_a_process_with_softhsm(test) else { return };
+    let so_pin = "12345678";
+    let init = ["--module", SOFTHSM, "--init-token", "--label", "card", "--so-pin", so_pin];
+    run("pkcs11-tool", "opensc", &init.map(OsStr::new));
+    let [key, certificate, der] = ["key.pem", "crt.pem", "crt.der"].map(|name| host.path(name));
+    let constraints = ["-addext", "basicConstraints=CA:FALSE"];
+    make_certificate("key", "rsa:1024", &key, &certificate, &constraints);
+    openssl!("x509", "-in", certificate, "-outform", "DER", "-out", der);
+    let write = ["--login", "--login-type", "so", "--so-pin", so_pin, "--type", "cert", "--id", "01"];
+    let mut arguments: Vec<&OsStr> = ["--module", SOFTHSM].iter().chain(&write).map(OsStr::new).collect();
+    arguments.extend([OsStr::new("--write-object"), der.as_ref()]);
+    run("pkcs11-tool", "opensc", &arguments);
+
+    let store = Arc::new(host.store());
+    // CKR_USER_PIN_NOT_INITIALIZED.
+    assert!(matches!(unlock(&*store, PIN).err(), Some(UnlockError::Unclear(_))));
+    let reference = reference(&host, &store);
+    let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store).err();
+    assert!(matches!(verify("123456\0"), Some(PinError::NotChecked(_))));
+    assert_eq!(reference.tries_left().unwrap(), 3);
+    for left in [2, 1, 0] {
+        assert!(matches!(verify(PIN), Some(PinError::NotChecked(_))));
+        assert_eq!(reference.tries_left().unwrap(), left);
+    }
+    assert!(matches!(verify(PIN), Some(PinError::Blocked)));
+}
+
+/// A token for which no PIN is right.
+struct Flags {
+    was_wrong: Mutex<Option<bool>>,
+}
+
+impl KeyStore for Flags {
+    fn certificates(&self) -> &[emulated_card::keys::Certificate] {
+        &[]
+    }
+
+    fn needs_secret(&self) -> bool {
+        true
+    }
+
+    fn was_wrong(&self) -> Option<bool> {
+        *self.was_wrong.lock().unwrap()
+    }
+
+    fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        Err(UnlockError::Wrong)
+    }
+}
+
+#[test]
+fn a_token_that_never_told_of_wrong_pins_tells_of_no_right_one() {
+    let directory = TempDir::new().unwrap();
+    // What it says after two wrong PINs, what it says then, and what is left.
+    for (at, (after, later, left)) in [
+        (Some(false), Some(false), 1),
+        (None, Some(false), 1),
+        (Some(true), None, 1),
+        (Some(true), Some(true), 1),
+        (Some(true), Some(false), 3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let store = Arc::new(Flags { was_wrong: Mutex::new(after) });
+        let state = StateDirectory::at(directory.path().join("state"));
+        let reference =
+            || ReferenceData::of_token(&state, &at.to_string(), Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        for _ in 0..2 {
+            assert!(reference().verify(&Secret::from(PIN.as_bytes()), &*store).is_err());
+        }
+        *store.was_wrong.lock().unwrap() = later;
+        assert_eq!(reference().tries_left().unwrap(), left, "{after:?}, then {later:?}");
+        let error = reference().verify(&Secret::from(PIN.as_bytes()), &*store).err();
+        assert!(matches!(error, Some(PinError::Wrong { left: now }) if now == left - 1), "{error:?}");
+    }
 }
 
 #[test]
@@ -398,9 +508,11 @@ fn card_on_one_of(
     host: &Host,
     wanted: Option<&str>,
 ) -> Result<TokenCard, TokenCardError> {
-    let make = |store: Arc<TokenStore>| {
+    let state = host.state();
+    let make = move |store: Arc<TokenStore>| {
         let id = CardId::derive(store.certificates(), "");
-        let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        let counted = Arc::clone(&store) as Arc<dyn KeyStore>;
+        let reference = ReferenceData::of_token(&state, store.token().serial_number(), counted, 3);
         let options = CardOptions { profile: Profile::Cac, slots: slot::assign(store.certificates(), &[])? };
         Ok(EmulatedCard::new(store, Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))?)
     };

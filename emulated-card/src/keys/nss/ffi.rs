@@ -482,6 +482,12 @@ impl TokenInfo {
     pub(super) fn is_locked(&self) -> bool {
         self.flags & 0x4_0000 != 0
     }
+
+    /// CKF_USER_PIN_COUNT_LOW: a wrong PIN was given since the last right one. A token may leave that to the flags for
+    /// what comes of it.
+    pub(super) fn is_count_low(&self) -> bool {
+        self.flags & 0x1_0000 != 0 || self.is_final_try() || self.is_locked()
+    }
 }
 
 /// A PKCS#11 mechanism.

@@ -15,7 +15,7 @@ use super::{point, rsa};
 const MAX_PASSWORD: usize = 500;
 
 /// What a password is compared with by NSS, which takes it as a C string.
-pub(super) fn check_password(slot: &Slot, secret: &Secret) -> Result<(), UnlockError> {
+pub(super) fn check_password(slot: &Slot, place: &Place, secret: &Secret) -> Result<(), UnlockError> {
     let not_checked = |reason: &str| Err(UnlockError::NotChecked(reason.to_owned()));
     if secret.len() > MAX_PASSWORD {
         return not_checked("longer than 500 bytes");
@@ -31,7 +31,12 @@ pub(super) fn check_password(slot: &Slot, secret: &Secret) -> Result<(), UnlockE
         Login::Accepted => Ok(()),
         Login::Wrong => Err(UnlockError::Wrong),
         Login::NotChecked(NssError::LOCKED_PASSWORD) => Err(UnlockError::Locked),
-        Login::NotChecked(error) => not_checked(&error.to_string()),
+        // A token may have counted before it failed: pulled out in the middle, for instance. NSS compares the password
+        // of a database itself.
+        Login::NotChecked(error) => match place {
+            Place::Database => not_checked(&error.to_string()),
+            Place::Token { .. } => Err(UnlockError::Unclear(error.to_string())),
+        },
     }
 }
 
@@ -122,7 +127,7 @@ impl Keys {
             return Err(UnlockError::NotChecked("the token was removed".into()));
         }
         if self.slot.needs_login() {
-            check_password(&self.slot, secret)?;
+            check_password(&self.slot, &self.place, secret)?;
         }
         match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
             Ok(keys) => current.keys = keys,

@@ -41,10 +41,9 @@ impl Token {
         self.info.needs_login()
     }
 
-    /// How many tries the token's flags leave, at most.
-    pub(super) fn tries_hint(&self) -> Option<u8> {
-        let info = self.slot.token_info().ok()?;
-        if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
+    /// What the token says of itself now, if it does.
+    pub(super) fn current_info(&self) -> Option<TokenInfo> {
+        self.slot.token_info().ok()
     }
 
     /// What there is one of at a time, whatever slot it is in and whatever module reaches it: only a token without a
