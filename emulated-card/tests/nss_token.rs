@@ -278,6 +278,22 @@ fn a_key_may_want_the_pin_each_time() {
 }
 
 #[test]
+fn a_login_that_was_ended_by_others_is_over() {
+    let Some(host) = in_a_process_with_softhsm("a_login_that_was_ended_by_others_is_over") else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let store = host.store();
+    let unlocked = unlock(&store, PIN).unwrap();
+    assert_rsa(&host, &store, &*unlocked, 0, &[5; 128]);
+    // In one process a token knows one login, so the end of another's is the end of this one.
+    let other = StateDirectory::at(host.path("another state"));
+    let other = TokenStore::open(store.token(), &other).unwrap();
+    drop(unlock(&other, PIN).unwrap());
+    assert_eq!(unlocked.rsa_raw(0, &[5; 128]).unwrap_err(), KeyError::LoggedOut);
+    drop(unlocked);
+    assert_rsa(&host, &store, &*unlock(&store, PIN).unwrap(), 0, &[5; 128]);
+}
+
+#[test]
 fn keys_that_are_invisible_are_missed_at_login() {
     let Some(host) = in_a_process_with_softhsm("keys_that_are_invisible_are_missed_at_login") else { return };
     host.make_token(

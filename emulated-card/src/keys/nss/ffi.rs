@@ -126,6 +126,7 @@ unsafe extern "C" {
     fn SECMOD_CloseUserDB(slot: *mut PK11SlotInfo) -> c_int;
     fn PK11_FreeSlot(slot: *mut PK11SlotInfo);
     fn PK11_NeedLogin(slot: *mut PK11SlotInfo) -> PRBool;
+    fn PK11_IsLoggedIn(slot: *mut PK11SlotInfo, window: *mut c_void) -> PRBool;
     fn PK11_CheckUserPassword(slot: *mut PK11SlotInfo, password: *const c_char) -> c_int;
     fn PK11_Logout(slot: *mut PK11SlotInfo) -> c_int;
     fn PK11_SetPasswordFunc(function: PasswordFunction);
@@ -415,6 +416,12 @@ impl Slot {
         }
     }
 
+    /// Whether the token itself says that its user is logged in.
+    pub(super) fn is_logged_in(&self) -> bool {
+        // SAFETY: the slot is alive, and no window is needed as nothing is asked of anybody.
+        unsafe { PK11_IsLoggedIn(self.raw.as_ptr(), ptr::null_mut()) != 0 }
+    }
+
     pub(super) fn log_out(&self) {
         // SAFETY: the slot is alive. It fails when nobody is logged in, which is what is wanted.
         unsafe { PK11_Logout(self.raw.as_ptr()) };
@@ -580,10 +587,24 @@ impl Module {
 }
 
 /// The PINs that always-authenticate keys may ask for, by the number of the window their key was found with.
-static PINS: Mutex<BTreeMap<usize, Secret>> = Mutex::new(BTreeMap::new());
+static PINS: Mutex<BTreeMap<usize, ArmedPin>> = Mutex::new(BTreeMap::new());
 
-fn pins() -> MutexGuard<'static, BTreeMap<usize, Secret>> {
+fn pins() -> MutexGuard<'static, BTreeMap<usize, ArmedPin>> {
     PINS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A PIN for one insertion of one token.
+struct ArmedPin {
+    pin: Secret,
+    /// The address of the slot.
+    slot: usize,
+    series: c_int,
+}
+
+/// Takes the PIN that may be asked for. What is asked for by another slot, or for the token that came after, is gone, too.
+fn take_pin(window: usize, slot: usize, series: impl FnOnce() -> c_int) -> Option<Secret> {
+    let armed = pins().remove(&window)?;
+    (armed.slot == slot && armed.series == series()).then_some(armed.pin)
 }
 
 /// What NSS calls a window: names whom it asks for a PIN. It is a number, never followed as a pointer.
@@ -598,9 +619,10 @@ impl Window {
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// While the result lives, the PIN may be asked for, once.
-    pub(super) fn arm(&self, pin: Secret) -> Armed<'_> {
-        pins().insert(self.0, pin);
+    /// While the result lives, the PIN may be asked for, once, for the token that is in the slot with this
+    /// [`Slot::series`].
+    pub(super) fn arm(&self, pin: Secret, slot: &Slot, series: i32) -> Armed<'_> {
+        pins().insert(self.0, ArmedPin { pin, slot: slot.raw.as_ptr().addr(), series });
         Armed(self)
     }
 }
@@ -615,12 +637,16 @@ impl Drop for Armed<'_> {
 }
 
 /// The password callback of the process. A database's keys have no window, and get nothing.
-extern "C" fn give_pin(_: *mut PK11SlotInfo, retry: PRBool, window: *mut c_void) -> *mut c_char {
+extern "C" fn give_pin(slot: *mut PK11SlotInfo, retry: PRBool, window: *mut c_void) -> *mut c_char {
     if retry != 0 {
         // It was wrong: asked again with the same PIN, the token would lose all its tries.
         return ptr::null_mut();
     }
-    let Some(pin) = pins().remove(&window.addr()) else { return ptr::null_mut() };
+    let series = || {
+        // SAFETY: the slot that NSS asks for, which is alive meanwhile.
+        unsafe { PK11_GetSlotSeries(slot) }
+    };
+    let Some(pin) = take_pin(window.addr(), slot.addr(), series) else { return ptr::null_mut() };
     let mut text = Zeroizing::new(Vec::with_capacity(pin.len() + 1));
     text.extend_from_slice(pin.expose());
     text.push(0);
@@ -937,5 +963,27 @@ impl Drop for PrivateKey {
     fn drop(&mut self) {
         // SAFETY: ours alone, destroyed once, while `slot` is still open.
         unsafe { SECKEY_DestroyPrivateKey(self.raw.as_ptr()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_is_for_one_insertion_of_one_token() {
+        let window = Window::new();
+        let arm = || {
+            pins().insert(window.0, ArmedPin { pin: Secret::from(&b"123456"[..]), slot: 8, series: 3 });
+            Armed(&window)
+        };
+        for (slot, series, given) in [(8, 3, true), (16, 3, false), (8, 4, false)] {
+            let armed = arm();
+            assert_eq!(take_pin(window.0, slot, || series).is_some(), given);
+            assert!(take_pin(window.0, 8, || 3).is_none(), "given once");
+            drop(armed);
+        }
+        drop(arm());
+        assert!(take_pin(window.0, 8, || 3).is_none(), "no longer armed");
     }
 }

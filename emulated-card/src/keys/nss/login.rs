@@ -67,6 +67,8 @@ pub(super) enum Place {
     Token {
         /// [`Slot::series`] of the insertion.
         series: i32,
+        /// What the token said of itself then.
+        needs_login: bool,
         /// For keys that want the PIN each time.
         window: Window,
     },
@@ -81,6 +83,8 @@ struct Current {
     keys: Vec<Option<LoginKey>>,
     /// For keys that want the PIN each time, until it is used.
     pin: Option<Secret>,
+    /// It was said that operations are slow.
+    warned: bool,
 }
 
 /// A private key of the current login.
@@ -98,13 +102,15 @@ impl LoginKey {
     /// From a database, each operation derives keys from the password several times, 30 ms in all. A
     /// session copy costs that once. It is made at the first use, because a login of ten keys of which one is
     /// used would wait 300 ms.
-    fn fast(&mut self, place: &Place, name: &str) -> &PrivateKey {
+    fn fast(&mut self, place: &Place, name: &str, warned: &mut bool) -> &PrivateKey {
         if !self.copied && matches!(place, Place::Database) {
             self.copied = true;
             match self.key.session_copy() {
                 Ok(copy) => self.key = copy,
                 Err(error) => {
-                    tracing::debug!(name, %error, "no session copy of the private key: operations are slow");
+                    if !std::mem::replace(warned, true) {
+                        tracing::warn!(name, %error, "no session copy of the private key: operations are slow");
+                    }
                 }
             }
         }
@@ -122,11 +128,11 @@ impl Keys {
         let mut current = self.lock();
         // Also before a check that fails without asking NSS: after any error nobody is logged in.
         self.end(&mut current);
-        // Another token must not be given the PIN. NSS has to be asked for it after an insertion in any case.
-        if matches!(self.place, Place::Token { .. }) && !(self.slot.is_present() && self.is_its_insertion()) {
+        // Another token must not be given the PIN.
+        if !self.is_in() {
             return Err(UnlockError::NotChecked("the token was removed".into()));
         }
-        if self.slot.needs_login() {
+        if self.needs_login() {
             check_password(&self.slot, &self.place, secret)?;
         }
         match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
@@ -142,11 +148,32 @@ impl Keys {
         Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
     }
 
+    /// Whether private keys are behind a password. A token that said so when it was put in is held to that.
+    fn needs_login(&self) -> bool {
+        matches!(self.place, Place::Token { needs_login: true, .. }) || self.slot.needs_login()
+    }
+
+    /// Whether the token is in. NSS has to be asked for it after an insertion in any case.
+    fn is_in(&self) -> bool {
+        match self.place {
+            Place::Database => true,
+            Place::Token { .. } => self.slot.is_present() && self.is_its_insertion(),
+        }
+    }
+
     /// Whether no other token was inserted since.
     fn is_its_insertion(&self) -> bool {
         match self.place {
             Place::Database => true,
             Place::Token { series, .. } => self.slot.series() == series,
+        }
+    }
+
+    /// Whether the token still is as the login left it; that of a database cannot be lost.
+    fn is_logged_in(&self) -> bool {
+        match self.place {
+            Place::Database => true,
+            Place::Token { .. } => self.is_in() && (!self.needs_login() || self.slot.is_logged_in()),
         }
     }
 
@@ -231,19 +258,39 @@ impl NssLogin {
         if current.generation != self.generation {
             return Err(KeyError::LoggedOut);
         }
+        let outcome = self.with_current(current, index, prepare, operate);
+        // A card that another program has reset, or a token that is out: without a new login nothing works any more.
+        if matches!(outcome, Err(KeyError::Failed(_))) && !self.keys.is_logged_in() {
+            self.keys.end(current);
+            return Err(KeyError::LoggedOut);
+        }
+        outcome
+    }
+
+    fn with_current<P, T>(
+        &self,
+        current: &mut Current,
+        index: usize,
+        prepare: impl FnOnce(&PublicKey) -> Option<P>,
+        operate: impl FnOnce(&PrivateKey, P) -> Result<T, KeyError>,
+    ) -> Result<T, KeyError> {
         let Keys { wanted, place, .. } = &*self.keys;
         let missing = || KeyError::Failed(format!("there is no private key number {index}"));
         let wanted = wanted.get(index).ok_or_else(missing)?;
         let key = current.keys.get_mut(index).and_then(Option::as_mut).ok_or_else(missing)?;
         let prepared = prepare(&wanted.public).ok_or(KeyError::Block)?;
         let _armed = match place {
-            Place::Token { window, .. } if key.wants_pin => {
+            Place::Token { window, series, .. } if key.wants_pin => {
                 // The PIN of the VERIFY just before counts for one operation, whatever becomes of it.
-                Some(window.arm(current.pin.take().ok_or(KeyError::LoggedOut)?))
+                let pin = current.pin.take().ok_or(KeyError::LoggedOut)?;
+                if !self.keys.is_in() {
+                    return Err(KeyError::Failed("the token was removed".into()));
+                }
+                Some(window.arm(pin, &self.keys.slot, *series))
             }
             _ => None,
         };
-        operate(key.fast(place, &wanted.name), prepared)
+        operate(key.fast(place, &wanted.name, &mut current.warned), prepared)
     }
 }
 

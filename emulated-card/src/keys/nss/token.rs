@@ -103,7 +103,8 @@ impl TokenStore {
         if certificates.is_empty() {
             return Err(TokenError::NoCertificates { label: label() });
         }
-        let place = Place::Token { series: token.series, window: Window::new() };
+        let place =
+            Place::Token { series: token.series, needs_login: token.needs_login(), window: Window::new() };
         Ok(Self {
             certificates,
             token: token.clone(),
