@@ -42,6 +42,8 @@ pub enum TokenCardError {
 
 /// A card on a token. Each insertion of the token is one of the card: its certificates are read anew, and nothing of
 /// an earlier login is left.
+///
+/// Dropping it waits for the operation that is under way, and frees the token.
 pub struct TokenCard {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -71,6 +73,7 @@ struct Inserted {
     number: u64,
     token: Token,
     slot: Arc<CardSlot>,
+    worker: JoinHandle<()>,
     /// The number that `slot` knows this insertion by.
     number_in_slot: u64,
 }
@@ -231,7 +234,7 @@ impl Shared {
     fn insert(&self, token: &Token) -> Result<(), TokenCardError> {
         let store = Arc::new(TokenStore::open_claimed(token, self.claim(token)?)?);
         let card = (self.make)(store).map_err(TokenCardError::Card)?;
-        let slot = CardSlot::new(card)?;
+        let (slot, worker) = CardSlot::with_worker(card)?;
         slot.forget_pin(self.forget_pin);
         let number_in_slot = slot.insert();
         let presence = slot.presence().get();
@@ -239,7 +242,7 @@ impl Shared {
         current.insertions += 1;
         let number = current.insertions;
         current.inserted =
-            Some(Inserted { number, token: token.clone(), slot: Arc::new(slot), number_in_slot });
+            Some(Inserted { number, token: token.clone(), slot: Arc::new(slot), worker, number_in_slot });
         self.presence.send_replace(match presence {
             Presence::Absent => Presence::Absent,
             Presence::Present { atr, limits, .. } => Presence::Present { insertion: number, atr, limits },
@@ -253,7 +256,10 @@ impl Shared {
         if let Some(inserted) = removed {
             self.presence.send_replace(Presence::Absent);
             // A power-up that runs beside this may hold the slot yet.
-            inserted.slot.remove();
+            inserted.slot.close();
+            // With it the login ends, before another one on the same token begins, and so does the store's claim. What
+            // it is about fails soon on a token that is out. If it failed for good, that was told.
+            let _ = inserted.worker.join();
             tracing::info!("the token {:?} is gone, and the card on it", inserted.token.label());
         }
     }

@@ -6,9 +6,11 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use emulated_card::card::{CardOptions, EmulatedCard, Profile};
 use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, TokenStore, TokenWatch};
@@ -575,7 +577,17 @@ async fn a_token_is_a_card() {
     let response = session.transmit(&Apdu::parse(b"\x00\x20\x00\x00").unwrap()).await.unwrap();
     assert_eq!(response.status().to_string(), "63C3");
 
+    // The token is free at once, whatever the card was about.
+    let command = Apdu::parse(b"\x00\x20\x00\x00\x06123456").unwrap();
+    let mut verify = session.transmit(&command);
+    poll_fn(|context| {
+        assert!(verify.as_mut().poll(context).is_pending());
+        Poll::Ready(())
+    })
+    .await;
     drop(card);
-    assert!(session.transmit(&Apdu::parse(b"\x00\x20\x00\x00").unwrap()).await.is_err());
-    drop(card_on(&host, Some("one")));
+    let card = card_on(&host, Some("one")).unwrap();
+    assert!(verify.await.is_err());
+    let mut session = card.power_on(1).await.unwrap();
+    assert_eq!(session.transmit(&command).await.unwrap().status().to_string(), "9000");
 }
