@@ -515,6 +515,11 @@ fn modules_are_found_and_what_is_none_is_named() {
     assert_eq!(modules[0].library(), fs::canonicalize(SOFTHSM).unwrap().to_str().unwrap());
     let error = Module::of_directory("/missing").unwrap_err();
     assert!(matches!(error, ModuleError::List { .. }), "{error}");
+    // Nothing is waited for that may never be written.
+    fs::remove_file(&list).unwrap();
+    run("mkfifo", "coreutils", &[list.as_os_str()]);
+    let error = Module::of_directory(&url).unwrap_err();
+    assert!(error.to_string().contains("not a regular file"), "{error}");
 }
 
 fn card_on(host: &Host, wanted: Option<&str>) -> Result<TokenCard, TokenCardError> {

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -103,7 +103,7 @@ impl Module {
         let failed = |reason: String| ModuleError::Load { library: library.to_owned(), reason };
         let path = if library.contains('/') && !library.contains('\0') {
             // NSS says of a file that is not there only that it does not load.
-            Some(std::fs::canonicalize(library).map_err(|error| failed(error.to_string()))?)
+            Some(fs::canonicalize(library).map_err(|error| failed(error.to_string()))?)
         } else {
             None
         };
@@ -129,12 +129,12 @@ impl fmt::Debug for Module {
 }
 
 fn read_list(list: &Path) -> io::Result<String> {
-    let file = File::open(list)?;
-    if !file.metadata()?.is_file() {
+    // Not opened before it is known to be a file: opening a FIFO would block.
+    if !fs::metadata(list)?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
     let mut text = String::new();
-    file.take(MAX_LIST).read_to_string(&mut text)?;
+    File::open(list)?.take(MAX_LIST).read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -143,22 +143,34 @@ fn parse_list(text: &str) -> Vec<(String, String)> {
     let mut modules = Vec::new();
     let mut lines = text.lines().map(str::trim).peekable();
     while lines.peek().is_some() {
-        let (mut library, mut parameters, mut flags) = ("", "", "");
+        let (mut library, mut parameters, mut flags) = (String::new(), String::new(), String::new());
         for line in lines.by_ref().take_while(|line| !line.is_empty()) {
-            match line.split_once('=') {
-                Some(("library", value)) => library = value,
-                Some(("parameters", value)) => parameters = value,
-                Some((name, value)) if name.eq_ignore_ascii_case("nss") => flags = value,
+            let Some((name, value)) = line.split_once('=') else { continue };
+            match &*name.to_ascii_lowercase() {
+                "library" => library = unquoted(value),
+                "parameters" => parameters = unquoted(value),
+                "nss" => flags = unquoted(value),
                 _ => {}
             }
         }
         let flags = flags.to_ascii_lowercase();
         let is_own = ["internal", "moduledb"].iter().any(|flag| flags.contains(flag));
         if !library.is_empty() && !is_own {
-            modules.push((library.to_owned(), parameters.to_owned()));
+            modules.push((library, parameters));
         }
     }
     modules
+}
+
+/// A value as NSS reads it: whole, or what stands in double quotes, where a backslash takes the next character as it is.
+fn unquoted(value: &str) -> String {
+    let Some(quoted) = value.strip_prefix('"') else { return value.to_owned() };
+    let mut text = String::new();
+    let mut characters = quoted.chars();
+    while let Some(character) = characters.next().filter(|&character| character != '"') {
+        text.extend(if character == '\\' { characters.next() } else { Some(character) });
+    }
+    text
 }
 
 /// The spec string for `SECMOD_LoadUserModule`; `None` if there is a NUL in it.
@@ -187,6 +199,14 @@ mod tests {
             parse_list(list),
             [("/usr/lib/a.so".into(), String::new()), ("b.so".into(), "x='y z'".into())]
         );
+        let quoted = r#"Library="/a \"b\".so" more
+Parameters="x='\\y z'
+NSS="trustOrder=100"
+
+library="/own.so"
+nss="flags=internal"
+"#;
+        assert_eq!(parse_list(quoted), [(r#"/a "b".so"#.into(), r"x='\y z'".into())]);
         assert_eq!(parse_list(""), []);
         assert_eq!(parse_list("\n\n=\n\0\n\nlibrary"), []);
     }
