@@ -145,6 +145,14 @@ impl Host {
     }
 }
 
+#[test]
+fn a_module_that_does_not_start_is_named() {
+    if std::env::var_os(DIRECTORY).is_some() {
+        let error = Module::load(Path::new(SOFTHSM)).unwrap_err().to_string();
+        assert!(error.contains("libsofthsm2.so") && error.contains("does not start"), "{error}");
+    }
+}
+
 /// The PIN of a token, with a counter that every card on it has in common.
 fn reference(host: &Host, store: &Arc<TokenStore>) -> ReferenceData {
     let token = store.token().serial_number();
@@ -515,6 +523,9 @@ fn modules_are_found_and_what_is_none_is_named() {
     assert_eq!(modules[0].library(), fs::canonicalize(SOFTHSM).unwrap().to_str().unwrap());
     let error = Module::of_directory("/missing").unwrap_err();
     assert!(matches!(error, ModuleError::List { .. }), "{error}");
+    // It has no configuration.
+    let test = "a_module_that_does_not_start_is_named";
+    same_test(test, &host.root, &[("SOFTHSM2_CONF", "/missing")]);
     // Nothing is waited for that may never be written.
     fs::remove_file(&list).unwrap();
     run("mkfifo", "coreutils", &[list.as_os_str()]);

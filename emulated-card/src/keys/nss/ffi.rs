@@ -27,6 +27,7 @@ const NSS_INIT_NOCERTDB: u32 = 0x2;
 const NSS_INIT_NOMODDB: u32 = 0x4;
 const NSS_INIT_FORCEOPEN: u32 = 0x8;
 const NSS_INIT_NOROOTINIT: u32 = 0x10;
+const NSS_INIT_PK11THREADSAFE: u32 = 0x40;
 
 const CKM_RSA_PKCS: c_ulong = 1;
 const CKM_RSA_X_509: c_ulong = 3;
@@ -230,6 +231,8 @@ pub(super) struct NssError(c_int);
 
 impl NssError {
     pub(super) const LOCKED_PASSWORD: Self = Self(error::SEC_ERROR_LOCKED_PASSWORD);
+    /// Of a module: it does not start for several threads.
+    pub(super) const INCOMPATIBLE_MODULE: Self = Self(error::SEC_ERROR_INCOMPATIBLE_PKCS11);
     pub(super) const NO_SLOT_SELECTED: Self = Self(error::SEC_ERROR_NO_SLOT_SELECTED);
     /// `SSL_ERROR_NO_CERTIFICATE`, with which NSS says "no such object". Its name is in libssl3's table,
     /// which is not loaded.
@@ -283,7 +286,9 @@ fn start() -> Result<(), NssError> {
             | NSS_INIT_NOCERTDB
             | NSS_INIT_NOMODDB
             | NSS_INIT_FORCEOPEN
-            | NSS_INIT_NOROOTINIT;
+            | NSS_INIT_NOROOTINIT
+            // A module that is not made for several threads is refused.
+            | NSS_INIT_PK11THREADSAFE;
         let (none, module_database) = (c"".as_ptr(), c"secmod.db".as_ptr());
         attempt(|| {
             // SAFETY: five C strings that outlive the call, and no parameters, which NSS allows.
@@ -321,7 +326,8 @@ pub(super) struct Slot {
 
 // SAFETY: a PK11SlotInfo is reference counted and locked inside NSS and belongs to no thread.
 unsafe impl Send for Slot {}
-// SAFETY: as above; every function called with it here may be called by several threads at once.
+// SAFETY: as above; every function called with it here may be called by several threads at once, and what is behind it is
+// NSS's own token or a module that was initialised for several threads: others do not load (NSS_INIT_PK11THREADSAFE).
 unsafe impl Sync for Slot {}
 
 /// NSS picks a free slot number and fills that slot in two steps without a lock around both.
@@ -515,7 +521,7 @@ pub(super) struct Module {
 
 // SAFETY: a SECMODModule is reference counted and locked inside NSS and belongs to no thread.
 unsafe impl Send for Module {}
-// SAFETY: as above. What of it is read here changes under NSS's list lock only, which is held then.
+// SAFETY: as above, and the module was initialised for several threads. What of it is read here changes under NSS's list lock only, which is held then.
 unsafe impl Sync for Module {}
 
 impl Module {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use thiserror::Error;
 
-use super::ffi;
+use super::ffi::{self, NssError};
 use super::watch::Watcher;
 
 /// Longest pkcs11.txt that is read.
@@ -113,7 +113,14 @@ impl Module {
             return Ok(module.clone());
         }
         let spec = spec(library, parameters).ok_or_else(|| ModuleError::Path { library: library.into() })?;
-        let module = ffi::Module::load(&spec).map_err(|reason| failed(reason.to_string()))?;
+        let module = ffi::Module::load(&spec).map_err(|reason| {
+            failed(match reason {
+                NssError::INCOMPATIBLE_MODULE => {
+                    format!("it does not start, or not for use by several threads at once: {reason}")
+                }
+                reason => reason.to_string(),
+            })
+        })?;
         let module = Self {
             loaded: Arc::new(Loaded { library: library.to_owned(), module, watcher: Mutex::default() }),
         };
