@@ -498,9 +498,6 @@ impl CardSetup {
             Ok(setup.make(store, reference, id)?)
         };
         let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
-        if card.presence().get().insertion().is_none() {
-            tracing::info!("no token is in that would do; the card comes with it");
-        }
         let source = keep_tries(Arc::new(card), keep);
         Ok(OpenCard { source, slot: None })
     }

@@ -19,6 +19,9 @@ use crate::keys::nss::token::{Module, Token, TokenError, TokenStore, TokenWatch,
 use crate::shell::CardSlot;
 use crate::state::{StateDirectory, TokenClaim};
 
+/// How many tokens a message lists.
+const MAX_LISTED: usize = 8;
+
 /// Makes a card of a token's store, at each insertion.
 pub type Make =
     Box<dyn Fn(Arc<TokenStore>) -> Result<EmulatedCard, Box<dyn Error + Send + Sync>> + Send + Sync>;
@@ -105,8 +108,12 @@ impl TokenCard {
         });
         let seen = shared.watch.changes();
         let first = shared.find()?;
-        if let Some(token) = &first {
-            shared.insert(token)?;
+        match &first {
+            Some(token) => shared.insert(token)?,
+            None => {
+                let present: Vec<_> = shared.watch.tokens().iter().map(shown).collect();
+                tracing::info!("{}; the card comes with it", missing(shared.wanted.as_deref(), &present));
+            }
         }
         let thread = {
             let shared = Arc::clone(&shared);
@@ -173,6 +180,17 @@ fn find(mut tokens: Vec<Token>, wanted: Option<&str>) -> Result<Option<Token>, T
         return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
     }
     Ok(tokens.pop())
+}
+
+/// Says that the token that is meant is not in, and which ones are: a name may be mistyped.
+fn missing(wanted: Option<&str>, present: &[String]) -> String {
+    let Some(wanted) = wanted else { return "no token is in that would do".to_owned() };
+    let listed = present.iter().take(MAX_LISTED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match present.len() {
+        0 => format!("no token is in, {wanted:?} neither"),
+        1..=MAX_LISTED => format!("the token {wanted:?} is not in, but {listed}"),
+        count => format!("the token {wanted:?} is not in, but {listed} and {} more", count - MAX_LISTED),
+    }
 }
 
 fn shown(token: &Token) -> String {
@@ -268,6 +286,16 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_that_are_in_are_named_for_one_that_is_not() {
+        let present = |count: usize| (0..count).map(|at| format!("\"{at}\" (\"\")")).collect::<Vec<_>>();
+        assert_eq!(missing(None, &present(1)), "no token is in that would do");
+        assert_eq!(missing(Some("a\n"), &present(0)), r#"no token is in, "a\n" neither"#);
+        assert_eq!(missing(Some("a"), &present(2)), r#"the token "a" is not in, but "0" (""), "1" ("")"#);
+        assert!(missing(Some("a"), &present(8)).ends_with(r#", "7" ("")"#));
+        assert!(missing(Some("a"), &present(10)).ends_with(r#", "7" ("") and 2 more"#));
+    }
 
     #[test]
     fn a_card_that_is_dropped_while_tokens_change_ends() {
