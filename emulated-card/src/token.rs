@@ -22,6 +22,10 @@ use crate::state::{StateDirectory, TokenClaim};
 /// How many tokens a message lists.
 const MAX_LISTED: usize = 8;
 
+/// How often a token that cannot be read is tried, and how long after the last time.
+const ATTEMPTS: u32 = 4;
+const RETRY: Duration = Duration::from_secs(1);
+
 /// Makes a card of a token's store, at each insertion.
 pub type Make =
     Box<dyn Fn(Arc<TokenStore>) -> Result<EmulatedCard, Box<dyn Error + Send + Sync>> + Send + Sync>;
@@ -85,7 +89,8 @@ impl TokenCard {
     /// A card on the token with that label or serial number; without one, on the only token that wants a login.
     ///
     /// The token may come later. One that comes and is not usable, or is another card's, is warned of and left
-    /// alone until it is put in again. A token that is out stays this card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
+    /// alone until it is put in again; one that cannot be read is tried a few times. A token that is out stays this
+    /// card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
     ///
     /// # Errors
     /// [`TokenCardError`] about the token that is in now.
@@ -182,6 +187,11 @@ fn find(mut tokens: Vec<Token>, wanted: Option<&str>) -> Result<Option<Token>, T
     Ok(tokens.pop())
 }
 
+/// A card that another program uses may be busy when it is put in.
+fn may_pass(error: &TokenCardError) -> bool {
+    matches!(error, TokenCardError::Token(TokenError::Refused { .. }))
+}
+
 /// Says that the token that is meant is not in, and which ones are: a name may be mistyped.
 fn missing(wanted: Option<&str>, present: &[String]) -> String {
     let Some(wanted) = wanted else { return "no token is in that would do".to_owned() };
@@ -210,8 +220,9 @@ impl Shared {
 
     /// Follows the token until the card is dropped. `handled` is the one that was seen last.
     fn follow(&self, mut seen: u64, mut handled: Option<Token>) {
+        let mut attempts = 0;
         loop {
-            seen = self.watch.wait(seen);
+            seen = self.watch.wait(seen, (attempts > 0).then_some(RETRY));
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
@@ -226,13 +237,19 @@ impl Shared {
                 None
             });
             if found != handled {
-                if let Some(token) = &found {
-                    if let Err(error) = self.insert(token) {
-                        tracing::warn!("no card on the token {:?}: {error}", token.label());
-                    }
-                }
+                attempts = ATTEMPTS;
+                handled = found;
             }
-            handled = found;
+            attempts = match &handled {
+                Some(token) if attempts > 0 => match self.insert(token) {
+                    Ok(()) => 0,
+                    Err(error) => {
+                        tracing::warn!("no card on the token {:?}: {error}", token.label());
+                        if may_pass(&error) { attempts - 1 } else { 0 }
+                    }
+                },
+                _ => 0,
+            };
         }
     }
 

@@ -106,11 +106,17 @@ impl TokenWatch {
         *BELL.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Blocks until [`changes`](Self::changes) gives another number than `seen`, and returns that: whatever is rung for
-    /// after that ends the next wait. What changed may be in another module, or nothing.
-    pub(crate) fn wait(&self, seen: u64) -> u64 {
+    /// Blocks until [`changes`](Self::changes) gives another number than `seen`, or for that long, and returns it:
+    /// whatever is rung for after that ends the next wait. What changed may be in another module, or nothing.
+    pub(crate) fn wait(&self, seen: u64, limit: Option<Duration>) -> u64 {
         let count = BELL.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *BELL.1.wait_while(count, |count| *count == seen).unwrap_or_else(PoisonError::into_inner)
+        let same = |count: &mut u64| *count == seen;
+        match limit {
+            None => *BELL.1.wait_while(count, same).unwrap_or_else(PoisonError::into_inner),
+            Some(limit) => {
+                *BELL.1.wait_timeout_while(count, limit, same).unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
     }
 }
 
