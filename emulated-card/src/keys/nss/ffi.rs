@@ -668,6 +668,8 @@ extern "C" fn give_pin(slot: *mut PK11SlotInfo, retry: PRBool, window: *mut c_vo
 pub(super) enum Class {
     Certificate = 1,
     PublicKey = 2,
+    #[cfg(test)]
+    PrivateKey = 3,
 }
 
 /// A PKCS#11 attribute that is no secret.

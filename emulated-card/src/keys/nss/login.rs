@@ -365,3 +365,44 @@ impl Drop for NssLogin {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
+    use super::super::super::KeyStore;
+    use super::super::NssDatabase;
+    use super::super::ffi::Class;
+
+    fn certutil(directory: &Path, arguments: &[&str]) {
+        let file = |name| directory.join(name);
+        let mut command = Command::new("certutil");
+        command.arg("-d").arg(directory).arg("-f").arg(file("password")).args(arguments);
+        let output = command.output().unwrap_or_else(|error| panic!("{error}; install libnss3-tools"));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    #[test]
+    fn no_key_stays_in_memory_after_a_logout() {
+        let root = tempfile::tempdir().unwrap();
+        let file = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(file("password"), "secret\n").unwrap();
+        std::fs::write(file("noise"), [7; 256]).unwrap();
+        certutil(root.path(), &["-N"]);
+        let key = ["-g", "1024", "-z", &file("noise"), "-x", "-t", ",,", "-n", "key", "-s", "CN=key"];
+        certutil(root.path(), &[&["-S"], &key[..]].concat());
+
+        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+        let slot = &store.keys.slot;
+        // What is in memory is among them.
+        let keys = || slot.objects(Class::PrivateKey).unwrap().iter().count();
+        let unlocked = store.unlock(&b"secret"[..].into()).unwrap();
+        assert_eq!(keys(), 1);
+        unlocked.rsa_raw(0, &[5; 128]).unwrap();
+        assert_eq!(keys(), 2);
+        drop(unlocked);
+        slot.log_in(c"secret");
+        assert_eq!(keys(), 1);
+    }
+}
