@@ -441,6 +441,18 @@ fn a_token_that_fails_when_it_has_the_pin_may_have_counted() {
     assert!(matches!(verify(PIN), Some(PinError::Blocked)));
 }
 
+#[test]
+fn a_token_that_cannot_be_asked_has_no_try_for_a_guest() {
+    let Some(host) = in_a_process_with_softhsm("a_token_that_cannot_be_asked_has_no_try_for_a_guest") else {
+        return;
+    };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let store = host.store();
+    assert_eq!((store.tries_hint(), store.was_wrong()), (None, Some(false)));
+    fs::remove_dir_all(host.path("tokens")).unwrap();
+    assert_eq!((store.tries_hint(), store.was_wrong()), (Some(1), None));
+}
+
 /// A token for which no PIN is right.
 struct Flags {
     was_wrong: Mutex<Option<bool>>,
