@@ -19,7 +19,7 @@ use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, Secr
 use crate::shell::CardSlot;
 use crate::slot::{self, PivSlot};
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
-use crate::token::{TokenCard, TokenCardError};
+use crate::token::{self, TokenCard, TokenCardError};
 use crate::tries::KeepTries;
 use thiserror::Error;
 use vscard_protocol::{CardSource, Secret};
@@ -284,9 +284,9 @@ pub enum SetupError {
         .0.display()
     )]
     NothingToUnlock(PathBuf),
-    /// A token's tries are the token's.
-    #[error("a token counts its tries itself, and is unblocked with its own tools")]
-    TokenCounts,
+    /// The token whose tries are to be given back is not in.
+    #[error("no token is in that would do; put it in")]
+    NoToken,
     /// The database's directory, or a file, cannot be found.
     #[error("{}: {source}", path.display())]
     NotFound {
@@ -352,7 +352,17 @@ impl CardSetup {
     pub fn unlock(&self) -> Result<String, SetupError> {
         let directory = self.state_directory()?;
         let database = match &self.keys {
-            Keys::Token { .. } => return Err(SetupError::TokenCounts),
+            Keys::Token { modules, db, token } => {
+                let modules = load(modules, db.as_deref())?;
+                let (name, label) =
+                    token::name_of_token(&modules, token.as_deref())?.ok_or(SetupError::NoToken)?;
+                if !ReferenceData::reset_token_tries(&directory, &name)? {
+                    return Err(SetupError::NothingToUnlock(label.into()));
+                }
+                return Ok(format!(
+                    "a card on the token {label:?} has {DEFAULT_TRIES} tries again, if the token has"
+                ));
+            }
             Keys::Database(db) => Some(canonical(Path::new(db.strip_prefix("sql:").unwrap_or(db)))?),
             Keys::Files(_) => None,
         };
@@ -435,7 +445,7 @@ impl CardSetup {
                 });
                 Ok(Opened { store, written: unread, place: canonical(first.unwrap_or(Path::new("")))? })
             }
-            Keys::Token { .. } => Err(SetupError::TokenCounts),
+            Keys::Token { .. } => Err(SetupError::NoToken),
         }
     }
 
@@ -458,7 +468,7 @@ impl CardSetup {
         db: Option<&str>,
         token: Option<String>,
     ) -> Result<OpenCard, SetupError> {
-        let prefix = self.prefix;
+        let (prefix, keep) = (self.prefix, self.keep_tries.unwrap_or(1));
         for (name, given) in [
             ("pin-file", self.pin_file.is_some()),
             ("puk-file", self.puk_file.is_some()),
@@ -469,22 +479,26 @@ impl CardSetup {
                 return Err(SetupError::TokenPin(format!("{prefix}{name}")));
             }
         }
-        let mut loaded = modules.iter().map(|module| Module::load(module)).collect::<Result<Vec<_>, _>>()?;
-        if let Some(db) = db {
-            loaded.extend(Module::of_directory(db)?);
-        }
-        let setup = self.clone();
+        let loaded = load(modules, db)?;
+        let directory = self.state_directory()?;
+        let (setup, state) = (self.clone(), directory.clone());
         let make = move |store: Arc<TokenStore>| {
+            let name = store.token().name();
             let store: Arc<dyn KeyStore> = store;
             let id = CardId::derive(store.certificates(), &setup.card_name);
-            let reference = ReferenceData::of_token(store.clone(), DEFAULT_TRIES);
+            let reference = ReferenceData::of_token(&state, &name, store.clone(), DEFAULT_TRIES);
+            match reference.tries_left() {
+                Ok(left) if left <= keep => tracing::warn!(
+                    "no try of the token's PIN is left for the guest, until the right one is given on the host; \
+                     `vscclient unlock` is for tokens that do not tell of that"
+                ),
+                Ok(_) => {}
+                Err(error) => tracing::warn!("every PIN will be refused: {error}"),
+            }
             Ok(setup.make(store, reference, id)?)
         };
-        let card = TokenCard::open(&loaded, token, self.state_directory()?, self.forget_pin, Box::new(make))?;
-        if card.presence().get().insertion().is_none() {
-            tracing::info!("no token is in that would do; the card comes with it");
-        }
-        let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
+        let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
+        let source = keep_tries(Arc::new(card), keep);
         Ok(OpenCard { source, slot: None })
     }
 
@@ -621,6 +635,14 @@ impl RawSetup {
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
         Ok(OpenCard { source, slot: None })
     }
+}
+
+fn load(modules: &[PathBuf], db: Option<&str>) -> Result<Vec<Module>, ModuleError> {
+    let mut loaded = modules.iter().map(|module| Module::load(module)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(db) = db {
+        loaded.extend(Module::of_directory(db)?);
+    }
+    Ok(loaded)
 }
 
 fn keep_tries(source: Arc<dyn CardSource>, keep: u8) -> Arc<dyn CardSource> {

@@ -9,6 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -77,16 +78,23 @@ impl CardSlot {
     /// # Errors
     /// The system has no thread to give.
     pub fn new(card: EmulatedCard) -> io::Result<Self> {
-        Self::start(card, None)
+        Self::start(card, None).map(|(slot, _)| slot)
     }
 
     /// As [`new`](Self::new), for a card that nobody else may have as long as this one can write.
     #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
     pub(crate) fn claimed(card: EmulatedCard, claim: CardClaim) -> io::Result<Self> {
-        Self::start(card, Some(claim))
+        Self::start(card, Some(claim)).map(|(slot, _)| slot)
     }
 
-    fn start(card: EmulatedCard, claim: Option<CardClaim>) -> io::Result<Self> {
+    /// As [`new`](Self::new), with the thread that owns the card. It ends soon after the slot was closed, and with it the
+    /// card, its login and all that it holds.
+    #[cfg(all(unix, feature = "nss"))]
+    pub(crate) fn with_worker(card: EmulatedCard) -> io::Result<(Self, JoinHandle<()>)> {
+        Self::start(card, None)
+    }
+
+    fn start(card: EmulatedCard, claim: Option<CardClaim>) -> io::Result<(Self, JoinHandle<()>)> {
         let shared = Arc::new(Shared {
             atr: card.atr().clone(),
             mailbox: Mutex::new(Mailbox { claim, ..Mailbox::default() }),
@@ -95,8 +103,8 @@ impl CardSlot {
             failed: watch::Sender::new(false),
         });
         let worker = Worker { core: card, shared: Arc::clone(&shared) };
-        std::thread::Builder::new().name("card".into()).spawn(move || worker.run())?;
-        Ok(Self { shared })
+        let worker = std::thread::Builder::new().name("card".into()).spawn(move || worker.run())?;
+        Ok((Self { shared }, worker))
     }
 
     /// Inserts the card, if it is not in. Returns the number of the insertion.
@@ -133,11 +141,16 @@ impl CardSlot {
         self.shared.lock().forget_after = after;
         self.shared.changed.notify_all();
     }
+
+    /// Removes the card for good, also while others have this slot.
+    pub(crate) fn close(&self) {
+        self.shared.close();
+    }
 }
 
 impl Drop for CardSlot {
     fn drop(&mut self) {
-        self.shared.close();
+        self.close();
     }
 }
 
@@ -434,7 +447,7 @@ mod tests {
             let options = CardOptions { profile: Profile::Piv, slots: vec![("9a".parse().unwrap(), 0)] };
             let reference = Arc::new(ReferenceData::in_memory(3));
             let card = EmulatedCard::new(store, reference, id.clone(), options, Box::new(|_| {})).unwrap();
-            CardSlot::start(card, Some(claim().unwrap())).unwrap()
+            CardSlot::start(card, Some(claim().unwrap())).unwrap().0
         };
 
         let ((entered, has_entered), (leave, may_leave)) = (sync_channel(1), sync_channel(1));

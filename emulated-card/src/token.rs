@@ -1,5 +1,6 @@
 //! A card of what is on a token: there while the token is in, removed with it.
 
+use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -17,6 +18,13 @@ use crate::card::EmulatedCard;
 use crate::keys::nss::token::{Module, Token, TokenError, TokenStore, TokenWatch, ring};
 use crate::shell::CardSlot;
 use crate::state::{StateDirectory, TokenClaim};
+
+/// How many tokens a message lists.
+const MAX_LISTED: usize = 8;
+
+/// How often a token that cannot be read is tried, and how long after the last time.
+const ATTEMPTS: u32 = 4;
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Makes a card of a token's store, at each insertion.
 pub type Make =
@@ -41,6 +49,8 @@ pub enum TokenCardError {
 
 /// A card on a token. Each insertion of the token is one of the card: its certificates are read anew, and nothing of
 /// an earlier login is left.
+///
+/// Dropping it waits for the operation that is under way, and frees the token.
 pub struct TokenCard {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -70,6 +80,7 @@ struct Inserted {
     number: u64,
     token: Token,
     slot: Arc<CardSlot>,
+    worker: JoinHandle<()>,
     /// The number that `slot` knows this insertion by.
     number_in_slot: u64,
 }
@@ -78,7 +89,8 @@ impl TokenCard {
     /// A card on the token with that label or serial number; without one, on the only token that wants a login.
     ///
     /// The token may come later. One that comes and is not usable, or is another card's, is warned of and left
-    /// alone until it is put in again. A token that is out stays this card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
+    /// alone until it is put in again; one that cannot be read is tried a few times. A token that is out stays this
+    /// card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
     ///
     /// # Errors
     /// [`TokenCardError`] about the token that is in now.
@@ -101,8 +113,12 @@ impl TokenCard {
         });
         let seen = shared.watch.changes();
         let first = shared.find()?;
-        if let Some(token) = &first {
-            shared.insert(token)?;
+        match &first {
+            Some(token) => shared.insert(token)?,
+            None => {
+                let present: Vec<_> = shared.watch.tokens().iter().map(shown).collect();
+                tracing::info!("{}; the card comes with it", missing(shared.wanted.as_deref(), &present));
+            }
         }
         let thread = {
             let shared = Arc::clone(&shared);
@@ -146,34 +162,70 @@ impl CardSource for TokenCard {
     }
 }
 
+/// The name of the token that a card would be on, which is in, and what it calls itself.
+#[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+pub(crate) fn name_of_token(
+    modules: &[Module],
+    wanted: Option<&str>,
+) -> Result<Option<(String, String)>, TokenCardError> {
+    let found = find(TokenWatch::new(modules)?.tokens(), wanted)?;
+    Ok(found.map(|token| (token.name(), token.label().to_owned())))
+}
+
+/// The one of `tokens` that is meant.
+fn find(mut tokens: Vec<Token>, wanted: Option<&str>) -> Result<Option<Token>, TokenCardError> {
+    tokens.retain(|token| match wanted {
+        Some(wanted) => [token.label(), token.serial_number()].contains(&wanted),
+        None => token.needs_login(),
+    });
+    // One that two modules reach is one token.
+    let mut names = HashSet::new();
+    tokens.retain(|token| names.insert(token.name()));
+    if tokens.len() > 1 {
+        return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
+    }
+    Ok(tokens.pop())
+}
+
+/// A card that another program uses may be busy when it is put in.
+fn may_pass(error: &TokenCardError) -> bool {
+    matches!(error, TokenCardError::Token(TokenError::Refused { .. }))
+}
+
+/// Says that the token that is meant is not in, and which ones are: a name may be mistyped.
+fn missing(wanted: Option<&str>, present: &[String]) -> String {
+    let Some(wanted) = wanted else { return "no token is in that would do".to_owned() };
+    let listed = present.iter().take(MAX_LISTED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match present.len() {
+        0 => format!("no token is in, {wanted:?} neither"),
+        1..=MAX_LISTED => format!("the token {wanted:?} is not in, but {listed}"),
+        count => format!("the token {wanted:?} is not in, but {listed} and {} more", count - MAX_LISTED),
+    }
+}
+
+fn shown(token: &Token) -> String {
+    format!("{:?} ({:?})", token.label(), token.serial_number())
+}
+
 impl Shared {
+    /// The token that is meant, if it is in.
+    fn find(&self) -> Result<Option<Token>, TokenCardError> {
+        find(self.watch.tokens(), self.wanted.as_deref())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Current> {
         // Nothing that holds the lock can panic half-way through a change.
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The token that is meant, if it is in.
-    fn find(&self) -> Result<Option<Token>, TokenCardError> {
-        let mut tokens = self.watch.tokens();
-        tokens.retain(|token| match &self.wanted {
-            Some(wanted) => [token.label(), token.serial_number()].contains(&wanted.as_str()),
-            None => token.needs_login(),
-        });
-        if tokens.len() > 1 {
-            let shown = |token: &Token| format!("{:?} ({:?})", token.label(), token.serial_number());
-            return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
-        }
-        Ok(tokens.pop())
-    }
-
     /// Follows the token until the card is dropped. `handled` is the one that was seen last.
     fn follow(&self, mut seen: u64, mut handled: Option<Token>) {
+        let mut attempts = 0;
         loop {
-            self.watch.wait(seen);
+            seen = self.watch.wait(seen, (attempts > 0).then_some(RETRY));
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            seen = self.watch.changes();
             let inserted = self.lock().inserted.as_ref().map(|inserted| inserted.token.clone());
             if inserted.is_some_and(|inserted| self.watch.tokens().contains(&inserted)) {
                 // Whatever else came or went.
@@ -185,13 +237,19 @@ impl Shared {
                 None
             });
             if found != handled {
-                if let Some(token) = &found {
-                    if let Err(error) = self.insert(token) {
-                        tracing::warn!("no card on the token {:?}: {error}", token.label());
-                    }
-                }
+                attempts = ATTEMPTS;
+                handled = found;
             }
-            handled = found;
+            attempts = match &handled {
+                Some(token) if attempts > 0 => match self.insert(token) {
+                    Ok(()) => 0,
+                    Err(error) => {
+                        tracing::warn!("no card on the token {:?}: {error}", token.label());
+                        if may_pass(&error) { attempts - 1 } else { 0 }
+                    }
+                },
+                _ => 0,
+            };
         }
     }
 
@@ -211,7 +269,7 @@ impl Shared {
     fn insert(&self, token: &Token) -> Result<(), TokenCardError> {
         let store = Arc::new(TokenStore::open_claimed(token, self.claim(token)?)?);
         let card = (self.make)(store).map_err(TokenCardError::Card)?;
-        let slot = CardSlot::new(card)?;
+        let (slot, worker) = CardSlot::with_worker(card)?;
         slot.forget_pin(self.forget_pin);
         let number_in_slot = slot.insert();
         let presence = slot.presence().get();
@@ -219,7 +277,7 @@ impl Shared {
         current.insertions += 1;
         let number = current.insertions;
         current.inserted =
-            Some(Inserted { number, token: token.clone(), slot: Arc::new(slot), number_in_slot });
+            Some(Inserted { number, token: token.clone(), slot: Arc::new(slot), worker, number_in_slot });
         self.presence.send_replace(match presence {
             Presence::Absent => Presence::Absent,
             Presence::Present { atr, limits, .. } => Presence::Present { insertion: number, atr, limits },
@@ -233,8 +291,39 @@ impl Shared {
         if let Some(inserted) = removed {
             self.presence.send_replace(Presence::Absent);
             // A power-up that runs beside this may hold the slot yet.
-            inserted.slot.remove();
+            inserted.slot.close();
+            // With it the login ends, before another one on the same token begins, and so does the store's claim. What
+            // it is about fails soon on a token that is out. If it failed for good, that was told.
+            let _ = inserted.worker.join();
             tracing::info!("the token {:?} is gone, and the card on it", inserted.token.label());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_that_are_in_are_named_for_one_that_is_not() {
+        let present = |count: usize| (0..count).map(|at| format!("\"{at}\" (\"\")")).collect::<Vec<_>>();
+        assert_eq!(missing(None, &present(1)), "no token is in that would do");
+        assert_eq!(missing(Some("a\n"), &present(0)), r#"no token is in, "a\n" neither"#);
+        assert_eq!(missing(Some("a"), &present(2)), r#"the token "a" is not in, but "0" (""), "1" ("")"#);
+        assert!(missing(Some("a"), &present(8)).ends_with(r#", "7" ("")"#));
+        assert!(missing(Some("a"), &present(10)).ends_with(r#", "7" ("") and 2 more"#));
+    }
+
+    #[test]
+    fn a_card_that_is_dropped_while_tokens_change_ends() {
+        let make = || -> Make { Box::new(|_| Err("no token is in".into())) };
+        for turn in 0..20_000 {
+            let directory = StateDirectory::at("/nonexistent");
+            let card = TokenCard::open(&[], None, directory, None, make()).unwrap();
+            ring();
+            // For some number of these, the thread is about to wait again.
+            (0..turn % 1000).for_each(|_| std::hint::spin_loop());
+            drop(card);
         }
     }
 }

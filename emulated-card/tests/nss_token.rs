@@ -6,9 +6,11 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 use emulated_card::card::{CardOptions, EmulatedCard, Profile};
 use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, TokenStore, TokenWatch};
@@ -121,6 +123,12 @@ impl Host {
         run("pkcs11-tool", "opensc", &arguments);
     }
 
+    /// As another program does it.
+    fn log_in(&self, token: &str) {
+        let arguments = ["--module", SOFTHSM, "--token-label", token, "--login", "--pin", PIN, "-O"];
+        run("pkcs11-tool", "opensc", &arguments.map(OsStr::new));
+    }
+
     fn state(&self) -> StateDirectory {
         StateDirectory::at(self.path("state"))
     }
@@ -135,6 +143,20 @@ impl Host {
         assert_eq!(tokens.len(), 1);
         TokenStore::open(&tokens[0], &self.state()).unwrap()
     }
+}
+
+#[test]
+fn a_module_that_does_not_start_is_named() {
+    if std::env::var_os(DIRECTORY).is_some() {
+        let error = Module::load(Path::new(SOFTHSM)).unwrap_err().to_string();
+        assert!(error.contains("libsofthsm2.so") && error.contains("does not start"), "{error}");
+    }
+}
+
+/// The PIN of a token, with a counter that every card on it has in common.
+fn reference(host: &Host, store: &Arc<TokenStore>) -> ReferenceData {
+    let token = store.token().serial_number();
+    ReferenceData::of_token(&host.state(), token, Arc::clone(store) as Arc<dyn KeyStore>, 3)
 }
 
 fn module() -> Module {
@@ -266,6 +288,22 @@ fn a_key_may_want_the_pin_each_time() {
 }
 
 #[test]
+fn a_login_that_was_ended_by_others_is_over() {
+    let Some(host) = in_a_process_with_softhsm("a_login_that_was_ended_by_others_is_over") else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let store = host.store();
+    let unlocked = unlock(&store, PIN).unwrap();
+    assert_rsa(&host, &store, &*unlocked, 0, &[5; 128]);
+    // In one process a token knows one login, so the end of another's is the end of this one.
+    let other = StateDirectory::at(host.path("another state"));
+    let other = TokenStore::open(store.token(), &other).unwrap();
+    drop(unlock(&other, PIN).unwrap());
+    assert_eq!(unlocked.rsa_raw(0, &[5; 128]).unwrap_err(), KeyError::LoggedOut);
+    drop(unlocked);
+    assert_rsa(&host, &store, &*unlock(&store, PIN).unwrap(), 0, &[5; 128]);
+}
+
+#[test]
 fn keys_that_are_invisible_are_missed_at_login() {
     let Some(host) = in_a_process_with_softhsm("keys_that_are_invisible_are_missed_at_login") else { return };
     host.make_token(
@@ -323,12 +361,27 @@ fn a_token_is_for_one_card() {
     TokenStore::open(&token, &host.state()).unwrap();
 }
 
+#[tokio::test]
+async fn a_token_that_two_modules_reach_is_one() {
+    let Some(host) = in_a_process_with_softhsm("a_token_that_two_modules_reach_is_one") else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let copy = host.path("copy.so");
+    fs::copy(SOFTHSM, &copy).unwrap();
+    let copy = Module::load(&copy).unwrap();
+    let card = card_on_one_of(&[copy.clone(), module()], &host, None).unwrap();
+    assert!(card.presence().get().insertion().is_some());
+    for module in [module(), copy] {
+        let error = card_on_one_of(&[module], &host, None).unwrap_err();
+        assert!(error.to_string().contains("another card on it"), "{error}");
+    }
+}
+
 #[test]
 fn wrong_pins_are_counted() {
     let Some(host) = in_a_process_with_softhsm("wrong_pins_are_counted") else { return };
     host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
     let store: Arc<TokenStore> = Arc::new(host.store());
-    let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+    let reference = reference(&host, &store);
     let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store);
     assert!(matches!(verify("000000").err(), Some(PinError::Wrong { left: 2 })));
     assert_eq!(reference.tries_left().unwrap(), 2);
@@ -339,15 +392,127 @@ fn wrong_pins_are_counted() {
     }
     assert!(matches!(verify(PIN).err(), Some(PinError::Blocked)));
     assert!(matches!(reference.without_pin(&*store).err(), Some(PinError::NotSupported)));
+    // Whoever comes anew finds it so.
+    assert_eq!(self::reference(&host, &store).tries_left().unwrap(), 0);
+    let reference = self::reference(&host, &store);
+    assert!(matches!(
+        reference.verify(&Secret::from(PIN.as_bytes()), &*store).err(),
+        Some(PinError::Blocked)
+    ));
+    assert!(matches!(self::reference(&host, &store).tries_left(), Ok(0)));
+    // SoftHSM tells other programs that there were wrong PINs, until one of them gives the right one.
+    host.log_in("card");
+    assert_eq!(reference.tries_left().unwrap(), 3);
+    assert!(matches!(
+        reference.verify(&Secret::from(&b"000000"[..]), &*store).err(),
+        Some(PinError::Wrong { left: 2 })
+    ));
+    drop(reference.verify(&Secret::from(PIN.as_bytes()), &*store).unwrap());
+    assert_eq!(reference.tries_left().unwrap(), 3);
+}
+
+#[test]
+fn a_token_that_fails_when_it_has_the_pin_may_have_counted() {
+    let test = "a_token_that_fails_when_it_has_the_pin_may_have_counted";
+    let Some(host) = in_a_process_with_softhsm(test) else { return };
+    let so_pin = "12345678";
+    let init = ["--module", SOFTHSM, "--init-token", "--label", "card", "--so-pin", so_pin];
+    run("pkcs11-tool", "opensc", &init.map(OsStr::new));
+    let [key, certificate, der] = ["key.pem", "crt.pem", "crt.der"].map(|name| host.path(name));
+    let constraints = ["-addext", "basicConstraints=CA:FALSE"];
+    make_certificate("key", "rsa:1024", &key, &certificate, &constraints);
+    openssl!("x509", "-in", certificate, "-outform", "DER", "-out", der);
+    let write = ["--login", "--login-type", "so", "--so-pin", so_pin, "--type", "cert", "--id", "01"];
+    let mut arguments: Vec<&OsStr> = ["--module", SOFTHSM].iter().chain(&write).map(OsStr::new).collect();
+    arguments.extend([OsStr::new("--write-object"), der.as_ref()]);
+    run("pkcs11-tool", "opensc", &arguments);
+
+    let store = Arc::new(host.store());
+    // CKR_USER_PIN_NOT_INITIALIZED.
+    assert!(matches!(unlock(&*store, PIN).err(), Some(UnlockError::Unclear(_))));
+    let reference = reference(&host, &store);
+    let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store).err();
+    assert!(matches!(verify("123456\0"), Some(PinError::NotChecked(_))));
+    assert_eq!(reference.tries_left().unwrap(), 3);
+    for left in [2, 1, 0] {
+        assert!(matches!(verify(PIN), Some(PinError::NotChecked(_))));
+        assert_eq!(reference.tries_left().unwrap(), left);
+    }
+    assert!(matches!(verify(PIN), Some(PinError::Blocked)));
+}
+
+#[test]
+fn a_token_that_cannot_be_asked_has_no_try_for_a_guest() {
+    let Some(host) = in_a_process_with_softhsm("a_token_that_cannot_be_asked_has_no_try_for_a_guest") else {
+        return;
+    };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let store = host.store();
+    assert_eq!((store.tries_hint(), store.was_wrong()), (None, Some(false)));
+    fs::remove_dir_all(host.path("tokens")).unwrap();
+    assert_eq!((store.tries_hint(), store.was_wrong()), (Some(1), None));
+}
+
+/// A token for which no PIN is right.
+struct Flags {
+    was_wrong: Mutex<Option<bool>>,
+}
+
+impl KeyStore for Flags {
+    fn certificates(&self) -> &[emulated_card::keys::Certificate] {
+        &[]
+    }
+
+    fn needs_secret(&self) -> bool {
+        true
+    }
+
+    fn was_wrong(&self) -> Option<bool> {
+        *self.was_wrong.lock().unwrap()
+    }
+
+    fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        Err(UnlockError::Wrong)
+    }
+}
+
+#[test]
+fn a_token_that_never_told_of_wrong_pins_tells_of_no_right_one() {
+    let directory = TempDir::new().unwrap();
+    // What it says after two wrong PINs, what it says then, and what is left.
+    for (at, (after, later, left)) in [
+        (Some(false), Some(false), 1),
+        (None, Some(false), 1),
+        (Some(true), None, 1),
+        (Some(true), Some(true), 1),
+        (Some(true), Some(false), 3),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let store = Arc::new(Flags { was_wrong: Mutex::new(after) });
+        let state = StateDirectory::at(directory.path().join("state"));
+        let reference =
+            || ReferenceData::of_token(&state, &at.to_string(), Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        for _ in 0..2 {
+            assert!(reference().verify(&Secret::from(PIN.as_bytes()), &*store).is_err());
+        }
+        *store.was_wrong.lock().unwrap() = later;
+        assert_eq!(reference().tries_left().unwrap(), left, "{after:?}, then {later:?}");
+        let error = reference().verify(&Secret::from(PIN.as_bytes()), &*store).err();
+        assert!(matches!(error, Some(PinError::Wrong { left: now }) if now == left - 1), "{error:?}");
+    }
 }
 
 #[test]
 fn modules_are_found_and_what_is_none_is_named() {
     let Some(host) = in_a_process_with_softhsm("modules_are_found_and_what_is_none_is_named") else { return };
     let load = |library: &str| Module::load(Path::new(library)).unwrap_err();
-    for (library, reason) in
-        [("/missing.so", "PR_LOAD_LIBRARY_ERROR"), ("libc.so.6", "PR_FIND_SYMBOL_ERROR"), ("/", "PR_LOAD")]
-    {
+    for (library, reason) in [
+        ("/missing.so", "No such file or directory"),
+        ("libc.so.6", "PR_FIND_SYMBOL_ERROR"),
+        ("/", "PR_LOAD"),
+    ] {
         let error = load(library).to_string();
         assert!(error.contains(library) && error.contains(reason), "{error}");
     }
@@ -370,16 +535,34 @@ fn modules_are_found_and_what_is_none_is_named() {
     assert_eq!(modules[0].library(), fs::canonicalize(SOFTHSM).unwrap().to_str().unwrap());
     let error = Module::of_directory("/missing").unwrap_err();
     assert!(matches!(error, ModuleError::List { .. }), "{error}");
+    // It has no configuration.
+    let test = "a_module_that_does_not_start_is_named";
+    same_test(test, &host.root, &[("SOFTHSM2_CONF", "/missing")]);
+    // Nothing is waited for that may never be written.
+    fs::remove_file(&list).unwrap();
+    run("mkfifo", "coreutils", &[list.as_os_str()]);
+    let error = Module::of_directory(&url).unwrap_err();
+    assert!(error.to_string().contains("not a regular file"), "{error}");
 }
 
 fn card_on(host: &Host, wanted: Option<&str>) -> Result<TokenCard, TokenCardError> {
-    let make = |store: Arc<TokenStore>| {
+    card_on_one_of(&[module()], host, wanted)
+}
+
+fn card_on_one_of(
+    modules: &[Module],
+    host: &Host,
+    wanted: Option<&str>,
+) -> Result<TokenCard, TokenCardError> {
+    let state = host.state();
+    let make = move |store: Arc<TokenStore>| {
         let id = CardId::derive(store.certificates(), "");
-        let reference = ReferenceData::of_token(Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        let counted = Arc::clone(&store) as Arc<dyn KeyStore>;
+        let reference = ReferenceData::of_token(&state, store.token().serial_number(), counted, 3);
         let options = CardOptions { profile: Profile::Cac, slots: slot::assign(store.certificates(), &[])? };
         Ok(EmulatedCard::new(store, Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))?)
     };
-    TokenCard::open(&[module()], wanted.map(str::to_owned), host.state(), None, Box::new(make))
+    TokenCard::open(modules, wanted.map(str::to_owned), host.state(), None, Box::new(make))
 }
 
 #[tokio::test]
@@ -422,7 +605,17 @@ async fn a_token_is_a_card() {
     let response = session.transmit(&Apdu::parse(b"\x00\x20\x00\x00").unwrap()).await.unwrap();
     assert_eq!(response.status().to_string(), "63C3");
 
+    // The token is free at once, whatever the card was about.
+    let command = Apdu::parse(b"\x00\x20\x00\x00\x06123456").unwrap();
+    let mut verify = session.transmit(&command);
+    poll_fn(|context| {
+        assert!(verify.as_mut().poll(context).is_pending());
+        Poll::Ready(())
+    })
+    .await;
     drop(card);
-    assert!(session.transmit(&Apdu::parse(b"\x00\x20\x00\x00").unwrap()).await.is_err());
-    drop(card_on(&host, Some("one")));
+    let card = card_on(&host, Some("one")).unwrap();
+    assert!(verify.await.is_err());
+    let mut session = card.power_on(1).await.unwrap();
+    assert_eq!(session.transmit(&command).await.unwrap().status().to_string(), "9000");
 }

@@ -92,6 +92,12 @@ pub trait KeyStore: Send + Sync {
         None
     }
 
+    /// Whether the store itself says that a wrong secret was given since the last right one, by whomever; `None` if it
+    /// does not say.
+    fn was_wrong(&self) -> Option<bool> {
+        None
+    }
+
     /// Logs in. Dropping the result is logout.
     ///
     /// # Errors
@@ -150,6 +156,9 @@ pub enum UnlockError {
     /// The secret was not compared, so nothing is known about it.
     #[error("the password could not be checked: {0}")]
     NotChecked(String),
+    /// The store had the secret, failed, and may have counted it as wrong.
+    #[error("the password may not have been checked: {0}")]
+    Unclear(String),
 }
 
 /// Why a private-key operation failed.

@@ -38,7 +38,8 @@ pub enum PinError {
     /// The counter could not be read or written, so the PIN was not compared.
     #[error("the PIN's state is not usable: {0}")]
     State(#[from] StateError),
-    /// The PIN could not be compared (the key store failed); no try was used.
+    /// The PIN could not be compared (the key store failed). No try was used, unless the store was a token that failed
+    /// when it had the PIN already.
     #[error("{0}")]
     NotChecked(String),
     /// There is no such reference data, or it is not the card's to change: no PUK, a PIN that is the store's own
@@ -194,10 +195,25 @@ impl ReferenceData {
         Self::new(Kind::Store(Place::Memory(Box::default())), tries)
     }
 
-    /// The PIN is that of the token that `store` is, which counts the tries itself. As it does not tell how many are
-    /// left, they are counted in memory, too, and what it does tell ([`KeyStore::tries_hint`]) may lower that.
-    pub fn of_token(store: Arc<dyn KeyStore>, tries: u8) -> Self {
-        Self { token: Some(store), ..Self::in_memory(tries) }
+    /// The PIN is that of the token that `store` is, which may count the tries itself. As it does not tell how many are
+    /// left, they are counted here, too, on disk under its name `token`, and what it does tell
+    /// ([`KeyStore::tries_hint`]) may lower that.
+    ///
+    /// A right PIN gives all tries back; so does one that another program of the host gives, if the token tells: after
+    /// a wrong PIN it must have said so itself ([`KeyStore::was_wrong`]), and say so no longer. That it says nothing
+    /// proves nothing otherwise, as many tokens never do.
+    pub fn of_token(directory: &StateDirectory, token: &str, store: Arc<dyn KeyStore>, tries: u8) -> Self {
+        let place = Place::Disk(Record::of_token(directory, token));
+        Self { token: Some(store), ..Self::new(Kind::Store(place), tries) }
+    }
+
+    /// Gives a token all the tries back that are counted here, while it may be in use. Tells whether any were counted.
+    ///
+    /// # Errors
+    /// State that is damaged or cannot be written.
+    #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+    pub(crate) fn reset_token_tries(directory: &StateDirectory, token: &str) -> Result<bool, StateError> {
+        reset(&Record::of_token(directory, token))
     }
 
     /// A card's own PIN and PUK as [`of_card`](Self::of_card) has them, in memory only; the store's password is
@@ -236,8 +252,11 @@ impl ReferenceData {
                 Err(PinError::NotChecked("the database has no password to compare the PIN with".into()))
             }
             Kind::Store(place) => {
-                let outcome =
-                    self.count(&mut *place.lock()?, PIN, |_| store.unlock(pin).map_err(Failure::from));
+                let outcome = self.count(&mut *place.lock()?, PIN, |contents| {
+                    let outcome = store.unlock(pin);
+                    contents.told = outcome.is_err() && self.was_wrong() == Some(true);
+                    outcome.map_err(Failure::from)
+                });
                 outcome.map_err(|error| match error {
                     PinError::Wrong { left } => PinError::Wrong { left: self.lowered(left) },
                     error => error,
@@ -325,13 +344,28 @@ impl ReferenceData {
     pub fn tries_left(&self) -> Result<u8, PinError> {
         match &self.kind {
             Kind::Any { .. } => Ok(self.tries),
-            Kind::Store(place) | Kind::Card { place, .. } => Ok(self.lowered(self.left(place.read()?.left))),
+            Kind::Store(place) | Kind::Card { place, .. } => {
+                Ok(self.lowered(self.left(self.caught_up(place.read()?).left)))
+            }
         }
     }
 
     /// No more than the token says there are.
     fn lowered(&self, left: u8) -> u8 {
         self.token.as_ref().and_then(|token| token.tries_hint()).map_or(left, |hint| hint.min(left))
+    }
+
+    fn was_wrong(&self) -> Option<bool> {
+        self.token.as_ref().and_then(|token| token.was_wrong())
+    }
+
+    /// With what another program of the host made of the token's tries.
+    fn caught_up(&self, contents: Contents) -> Contents {
+        if contents.told && self.was_wrong() == Some(false) {
+            Contents { left: None, told: false, ..contents }
+        } else {
+            contents
+        }
     }
 
     /// Tries of the PUK that are left; blocked is 0.
@@ -383,7 +417,7 @@ impl ReferenceData {
         counter: Counter,
         compare: impl FnOnce(&mut Contents) -> Result<T, Failure>,
     ) -> Result<T, PinError> {
-        let before = slot.read()?;
+        let before = self.caught_up(slot.read()?);
         let mut now = before.clone();
         let left = self.left(*counter(&mut now)).checked_sub(1).ok_or(PinError::Blocked)?;
         *counter(&mut now) = Some(left);
@@ -400,11 +434,31 @@ impl ReferenceData {
                 slot.write(&now)?;
                 Ok(done)
             }
-            Err(Failure::Wrong) => Err(PinError::Wrong { left }),
-            Err(Failure::Locked) => Err(PinError::Blocked),
+            Err(Failure::Wrong) => {
+                self.note(slot, &before, &now);
+                Err(PinError::Wrong { left })
+            }
+            Err(Failure::Locked) => {
+                self.note(slot, &before, &now);
+                Err(PinError::Blocked)
+            }
+            Err(Failure::Unclear(cause)) => {
+                self.note(slot, &before, &now);
+                Err(PinError::NotChecked(cause))
+            }
             Err(Failure::NotChecked(cause)) => {
                 slot.write(&before)?;
                 Err(PinError::NotChecked(cause))
+            }
+        }
+    }
+
+    /// Keeps what the token told after a try. If that fails, the try is used and nothing else gives it back than the
+    /// right PIN.
+    fn note(&self, slot: &mut dyn Slot, before: &Contents, now: &Contents) {
+        if now.told != before.told {
+            if let Err(error) = slot.write(now) {
+                tracing::warn!("the PIN's state: {error}");
             }
         }
     }
@@ -520,6 +574,7 @@ enum Failure {
     Wrong,
     Locked,
     NotChecked(String),
+    Unclear(String),
 }
 
 impl From<UnlockError> for Failure {
@@ -528,6 +583,7 @@ impl From<UnlockError> for Failure {
             UnlockError::Wrong => Self::Wrong,
             UnlockError::Locked => Self::Locked,
             UnlockError::NotChecked(cause) => Self::NotChecked(cause),
+            UnlockError::Unclear(cause) => Self::Unclear(cause),
         }
     }
 }
@@ -535,7 +591,7 @@ impl From<UnlockError> for Failure {
 /// A password of the host's that is refused says nothing about the guest's PIN.
 fn unlock_by_host(store: &dyn KeyStore, password: &Secret) -> Result<Box<dyn Unlocked>, String> {
     store.unlock(password).map_err(|error| match error {
-        UnlockError::NotChecked(cause) => cause,
+        UnlockError::NotChecked(cause) | UnlockError::Unclear(cause) => cause,
         refused => format!("the key store refused the host's password: {refused}"),
     })
 }
@@ -544,7 +600,7 @@ fn reset(record: &Record) -> Result<bool, StateError> {
     let locked = record.lock()?;
     match locked.read()? {
         Some(contents) if record.has_counter(&contents) => {
-            locked.write(&Contents { left: None, puk_left: None, ..contents }).map(|()| true)
+            locked.write(&Contents { left: None, told: false, puk_left: None, ..contents }).map(|()| true)
         }
         _ => Ok(false),
     }

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::directory::{FileLock, try_lock};
 use super::format::Contents;
-use super::record::{Record, card_stem, stem_of};
+use super::record::{Record, card_stem, token_stem};
 use super::{StateDirectory, StateError, hash_with_length, hex};
 use crate::keys::Certificate;
 
@@ -111,7 +111,7 @@ impl StateDirectory {
     /// # Errors
     /// [`StateError::TokenInUse`] while another card, in this process or another, is on it.
     pub fn claim_token(&self, token: &str) -> Result<TokenClaim, StateError> {
-        match self.lock_claim(&format!("token-{}", stem_of(Path::new(token), b"")))? {
+        match self.lock_claim(&token_stem(token))? {
             Some(lock) => Ok(TokenClaim { _lock: lock }),
             None => Err(StateError::TokenInUse { token: token.to_owned() }),
         }

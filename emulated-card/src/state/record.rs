@@ -36,6 +36,10 @@ impl Record {
         }
     }
 
+    pub(crate) fn of_token(directory: &StateDirectory, token: &str) -> Self {
+        Self { directory: directory.clone(), stem: token_stem(token), database: token.into(), of_card: false }
+    }
+
     pub(crate) fn of_card(directory: &StateDirectory, database: &Path, id: &CardId) -> Self {
         Self {
             directory: directory.clone(),
@@ -147,7 +151,11 @@ pub(super) fn card_stem(database: &Path, id: &CardId) -> String {
     format!("card-{}", stem_of(database, id.key()))
 }
 
-pub(super) fn stem_of(database: &Path, id: &[u8]) -> String {
+pub(super) fn token_stem(token: &str) -> String {
+    format!("token-{}", stem_of(Path::new(token), b""))
+}
+
+fn stem_of(database: &Path, id: &[u8]) -> String {
     let mut hash = Sha256::new_with_prefix("vscard state file 1\0");
     hash_with_length(&mut hash, database.as_os_str().as_bytes());
     hash_with_length(&mut hash, id);

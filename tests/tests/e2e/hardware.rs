@@ -79,8 +79,15 @@ async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
     let wrong = verify(WRONG);
     let said = statuses(&guest, &[&wrong, &wrong, &wrong, &verify(pin)]).await?;
     ensure!(said == ["63C2", "63C1", "6983", "6983"], "{said:?}");
-    // It is the guest that has no try left; the host uses its token as before.
+    // It is the guest that has no try left; the host uses its token as before, which tells of the right PIN.
     token.run("pkcs11-tool", &["--module", softhsm::MODULE, "--login", "-O"])?;
+    let said = statuses(&guest, &[PIN_STATUS, &wrong, &wrong, &wrong]).await?;
+    ensure!(said == ["63C3", "63C2", "63C1", "6983"], "{said:?}");
+    let unlock = ["unlock", "--module", softhsm::MODULE, "--token", softhsm::LABEL];
+    let mut unlock = Process::start("vscclient", unlock, &environment)?;
+    ensure!(unlock.ended().await?.success(), "{}", unlock.log());
+    let said = statuses(&guest, &[PIN_STATUS, &verify(pin)]).await?;
+    ensure!(said == ["63C3", "9000"], "{said:?}");
     Ok(())
 }
 

@@ -27,6 +27,7 @@ const NSS_INIT_NOCERTDB: u32 = 0x2;
 const NSS_INIT_NOMODDB: u32 = 0x4;
 const NSS_INIT_FORCEOPEN: u32 = 0x8;
 const NSS_INIT_NOROOTINIT: u32 = 0x10;
+const NSS_INIT_PK11THREADSAFE: u32 = 0x40;
 
 const CKM_RSA_PKCS: c_ulong = 1;
 const CKM_RSA_X_509: c_ulong = 3;
@@ -126,6 +127,7 @@ unsafe extern "C" {
     fn SECMOD_CloseUserDB(slot: *mut PK11SlotInfo) -> c_int;
     fn PK11_FreeSlot(slot: *mut PK11SlotInfo);
     fn PK11_NeedLogin(slot: *mut PK11SlotInfo) -> PRBool;
+    fn PK11_IsLoggedIn(slot: *mut PK11SlotInfo, window: *mut c_void) -> PRBool;
     fn PK11_CheckUserPassword(slot: *mut PK11SlotInfo, password: *const c_char) -> c_int;
     fn PK11_Logout(slot: *mut PK11SlotInfo) -> c_int;
     fn PK11_SetPasswordFunc(function: PasswordFunction);
@@ -229,6 +231,8 @@ pub(super) struct NssError(c_int);
 
 impl NssError {
     pub(super) const LOCKED_PASSWORD: Self = Self(error::SEC_ERROR_LOCKED_PASSWORD);
+    /// Of a module: it does not start for several threads.
+    pub(super) const INCOMPATIBLE_MODULE: Self = Self(error::SEC_ERROR_INCOMPATIBLE_PKCS11);
     pub(super) const NO_SLOT_SELECTED: Self = Self(error::SEC_ERROR_NO_SLOT_SELECTED);
     /// `SSL_ERROR_NO_CERTIFICATE`, with which NSS says "no such object". Its name is in libssl3's table,
     /// which is not loaded.
@@ -282,7 +286,9 @@ fn start() -> Result<(), NssError> {
             | NSS_INIT_NOCERTDB
             | NSS_INIT_NOMODDB
             | NSS_INIT_FORCEOPEN
-            | NSS_INIT_NOROOTINIT;
+            | NSS_INIT_NOROOTINIT
+            // A module that is not made for several threads is refused.
+            | NSS_INIT_PK11THREADSAFE;
         let (none, module_database) = (c"".as_ptr(), c"secmod.db".as_ptr());
         attempt(|| {
             // SAFETY: five C strings that outlive the call, and no parameters, which NSS allows.
@@ -320,7 +326,8 @@ pub(super) struct Slot {
 
 // SAFETY: a PK11SlotInfo is reference counted and locked inside NSS and belongs to no thread.
 unsafe impl Send for Slot {}
-// SAFETY: as above; every function called with it here may be called by several threads at once.
+// SAFETY: as above; every function called with it here may be called by several threads at once, and what is behind it is
+// NSS's own token or a module that was initialised for several threads: others do not load (NSS_INIT_PK11THREADSAFE).
 unsafe impl Sync for Slot {}
 
 /// NSS picks a free slot number and fills that slot in two steps without a lock around both.
@@ -415,6 +422,12 @@ impl Slot {
         }
     }
 
+    /// Whether the token itself says that its user is logged in.
+    pub(super) fn is_logged_in(&self) -> bool {
+        // SAFETY: the slot is alive, and no window is needed as nothing is asked of anybody.
+        unsafe { PK11_IsLoggedIn(self.raw.as_ptr(), ptr::null_mut()) != 0 }
+    }
+
     pub(super) fn log_out(&self) {
         // SAFETY: the slot is alive. It fails when nobody is logged in, which is what is wanted.
         unsafe { PK11_Logout(self.raw.as_ptr()) };
@@ -482,6 +495,12 @@ impl TokenInfo {
     pub(super) fn is_locked(&self) -> bool {
         self.flags & 0x4_0000 != 0
     }
+
+    /// CKF_USER_PIN_COUNT_LOW: a wrong PIN was given since the last right one. A token may leave that to the flags for
+    /// what comes of it.
+    pub(super) fn is_count_low(&self) -> bool {
+        self.flags & 0x1_0000 != 0 || self.is_final_try() || self.is_locked()
+    }
 }
 
 /// A PKCS#11 mechanism.
@@ -502,7 +521,7 @@ pub(super) struct Module {
 
 // SAFETY: a SECMODModule is reference counted and locked inside NSS and belongs to no thread.
 unsafe impl Send for Module {}
-// SAFETY: as above. What of it is read here changes under NSS's list lock only, which is held then.
+// SAFETY: as above, and the module was initialised for several threads. What of it is read here changes under NSS's list lock only, which is held then.
 unsafe impl Sync for Module {}
 
 impl Module {
@@ -574,10 +593,24 @@ impl Module {
 }
 
 /// The PINs that always-authenticate keys may ask for, by the number of the window their key was found with.
-static PINS: Mutex<BTreeMap<usize, Secret>> = Mutex::new(BTreeMap::new());
+static PINS: Mutex<BTreeMap<usize, ArmedPin>> = Mutex::new(BTreeMap::new());
 
-fn pins() -> MutexGuard<'static, BTreeMap<usize, Secret>> {
+fn pins() -> MutexGuard<'static, BTreeMap<usize, ArmedPin>> {
     PINS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A PIN for one insertion of one token.
+struct ArmedPin {
+    pin: Secret,
+    /// The address of the slot.
+    slot: usize,
+    series: c_int,
+}
+
+/// Takes the PIN that may be asked for. What is asked for by another slot, or for the token that came after, is gone, too.
+fn take_pin(window: usize, slot: usize, series: impl FnOnce() -> c_int) -> Option<Secret> {
+    let armed = pins().remove(&window)?;
+    (armed.slot == slot && armed.series == series()).then_some(armed.pin)
 }
 
 /// What NSS calls a window: names whom it asks for a PIN. It is a number, never followed as a pointer.
@@ -592,9 +625,10 @@ impl Window {
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// While the result lives, the PIN may be asked for, once.
-    pub(super) fn arm(&self, pin: Secret) -> Armed<'_> {
-        pins().insert(self.0, pin);
+    /// While the result lives, the PIN may be asked for, once, for the token that is in the slot with this
+    /// [`Slot::series`].
+    pub(super) fn arm(&self, pin: Secret, slot: &Slot, series: i32) -> Armed<'_> {
+        pins().insert(self.0, ArmedPin { pin, slot: slot.raw.as_ptr().addr(), series });
         Armed(self)
     }
 }
@@ -609,12 +643,16 @@ impl Drop for Armed<'_> {
 }
 
 /// The password callback of the process. A database's keys have no window, and get nothing.
-extern "C" fn give_pin(_: *mut PK11SlotInfo, retry: PRBool, window: *mut c_void) -> *mut c_char {
+extern "C" fn give_pin(slot: *mut PK11SlotInfo, retry: PRBool, window: *mut c_void) -> *mut c_char {
     if retry != 0 {
         // It was wrong: asked again with the same PIN, the token would lose all its tries.
         return ptr::null_mut();
     }
-    let Some(pin) = pins().remove(&window.addr()) else { return ptr::null_mut() };
+    let series = || {
+        // SAFETY: the slot that NSS asks for, which is alive meanwhile.
+        unsafe { PK11_GetSlotSeries(slot) }
+    };
+    let Some(pin) = take_pin(window.addr(), slot.addr(), series) else { return ptr::null_mut() };
     let mut text = Zeroizing::new(Vec::with_capacity(pin.len() + 1));
     text.extend_from_slice(pin.expose());
     text.push(0);
@@ -630,6 +668,8 @@ extern "C" fn give_pin(_: *mut PK11SlotInfo, retry: PRBool, window: *mut c_void)
 pub(super) enum Class {
     Certificate = 1,
     PublicKey = 2,
+    #[cfg(test)]
+    PrivateKey = 3,
 }
 
 /// A PKCS#11 attribute that is no secret.
@@ -931,5 +971,27 @@ impl Drop for PrivateKey {
     fn drop(&mut self) {
         // SAFETY: ours alone, destroyed once, while `slot` is still open.
         unsafe { SECKEY_DestroyPrivateKey(self.raw.as_ptr()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_is_for_one_insertion_of_one_token() {
+        let window = Window::new();
+        let arm = || {
+            pins().insert(window.0, ArmedPin { pin: Secret::from(&b"123456"[..]), slot: 8, series: 3 });
+            Armed(&window)
+        };
+        for (slot, series, given) in [(8, 3, true), (16, 3, false), (8, 4, false)] {
+            let armed = arm();
+            assert_eq!(take_pin(window.0, slot, || series).is_some(), given);
+            assert!(take_pin(window.0, 8, || 3).is_none(), "given once");
+            drop(armed);
+        }
+        drop(arm());
+        assert!(take_pin(window.0, 8, || 3).is_none(), "no longer armed");
     }
 }

@@ -15,7 +15,7 @@ use super::{point, rsa};
 const MAX_PASSWORD: usize = 500;
 
 /// What a password is compared with by NSS, which takes it as a C string.
-pub(super) fn check_password(slot: &Slot, secret: &Secret) -> Result<(), UnlockError> {
+pub(super) fn check_password(slot: &Slot, place: &Place, secret: &Secret) -> Result<(), UnlockError> {
     let not_checked = |reason: &str| Err(UnlockError::NotChecked(reason.to_owned()));
     if secret.len() > MAX_PASSWORD {
         return not_checked("longer than 500 bytes");
@@ -31,7 +31,12 @@ pub(super) fn check_password(slot: &Slot, secret: &Secret) -> Result<(), UnlockE
         Login::Accepted => Ok(()),
         Login::Wrong => Err(UnlockError::Wrong),
         Login::NotChecked(NssError::LOCKED_PASSWORD) => Err(UnlockError::Locked),
-        Login::NotChecked(error) => not_checked(&error.to_string()),
+        // A token may have counted before it failed: pulled out in the middle, for instance. NSS compares the password
+        // of a database itself.
+        Login::NotChecked(error) => match place {
+            Place::Database => not_checked(&error.to_string()),
+            Place::Token { .. } => Err(UnlockError::Unclear(error.to_string())),
+        },
     }
 }
 
@@ -62,6 +67,8 @@ pub(super) enum Place {
     Token {
         /// [`Slot::series`] of the insertion.
         series: i32,
+        /// What the token said of itself then.
+        needs_login: bool,
         /// For keys that want the PIN each time.
         window: Window,
     },
@@ -76,6 +83,8 @@ struct Current {
     keys: Vec<Option<LoginKey>>,
     /// For keys that want the PIN each time, until it is used.
     pin: Option<Secret>,
+    /// It was said that operations are slow.
+    warned: bool,
 }
 
 /// A private key of the current login.
@@ -93,13 +102,15 @@ impl LoginKey {
     /// From a database, each operation derives keys from the password several times, 30 ms in all. A
     /// session copy costs that once. It is made at the first use, because a login of ten keys of which one is
     /// used would wait 300 ms.
-    fn fast(&mut self, place: &Place, name: &str) -> &PrivateKey {
+    fn fast(&mut self, place: &Place, name: &str, warned: &mut bool) -> &PrivateKey {
         if !self.copied && matches!(place, Place::Database) {
             self.copied = true;
             match self.key.session_copy() {
                 Ok(copy) => self.key = copy,
                 Err(error) => {
-                    tracing::debug!(name, %error, "no session copy of the private key: operations are slow");
+                    if !std::mem::replace(warned, true) {
+                        tracing::warn!(name, %error, "no session copy of the private key: operations are slow");
+                    }
                 }
             }
         }
@@ -117,12 +128,12 @@ impl Keys {
         let mut current = self.lock();
         // Also before a check that fails without asking NSS: after any error nobody is logged in.
         self.end(&mut current);
-        // Another token must not be given the PIN. NSS has to be asked for it after an insertion in any case.
-        if matches!(self.place, Place::Token { .. }) && !(self.slot.is_present() && self.is_its_insertion()) {
+        // Another token must not be given the PIN.
+        if !self.is_in() {
             return Err(UnlockError::NotChecked("the token was removed".into()));
         }
-        if self.slot.needs_login() {
-            check_password(&self.slot, secret)?;
+        if self.needs_login() {
+            check_password(&self.slot, &self.place, secret)?;
         }
         match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
             Ok(keys) => current.keys = keys,
@@ -137,11 +148,32 @@ impl Keys {
         Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
     }
 
+    /// Whether private keys are behind a password. A token that said so when it was put in is held to that.
+    fn needs_login(&self) -> bool {
+        matches!(self.place, Place::Token { needs_login: true, .. }) || self.slot.needs_login()
+    }
+
+    /// Whether the token is in. NSS has to be asked for it after an insertion in any case.
+    fn is_in(&self) -> bool {
+        match self.place {
+            Place::Database => true,
+            Place::Token { .. } => self.slot.is_present() && self.is_its_insertion(),
+        }
+    }
+
     /// Whether no other token was inserted since.
     fn is_its_insertion(&self) -> bool {
         match self.place {
             Place::Database => true,
             Place::Token { series, .. } => self.slot.series() == series,
+        }
+    }
+
+    /// Whether the token still is as the login left it; that of a database cannot be lost.
+    fn is_logged_in(&self) -> bool {
+        match self.place {
+            Place::Database => true,
+            Place::Token { .. } => self.is_in() && (!self.needs_login() || self.slot.is_logged_in()),
         }
     }
 
@@ -226,19 +258,39 @@ impl NssLogin {
         if current.generation != self.generation {
             return Err(KeyError::LoggedOut);
         }
+        let outcome = self.with_current(current, index, prepare, operate);
+        // A card that another program has reset, or a token that is out: without a new login nothing works any more.
+        if matches!(outcome, Err(KeyError::Failed(_))) && !self.keys.is_logged_in() {
+            self.keys.end(current);
+            return Err(KeyError::LoggedOut);
+        }
+        outcome
+    }
+
+    fn with_current<P, T>(
+        &self,
+        current: &mut Current,
+        index: usize,
+        prepare: impl FnOnce(&PublicKey) -> Option<P>,
+        operate: impl FnOnce(&PrivateKey, P) -> Result<T, KeyError>,
+    ) -> Result<T, KeyError> {
         let Keys { wanted, place, .. } = &*self.keys;
         let missing = || KeyError::Failed(format!("there is no private key number {index}"));
         let wanted = wanted.get(index).ok_or_else(missing)?;
         let key = current.keys.get_mut(index).and_then(Option::as_mut).ok_or_else(missing)?;
         let prepared = prepare(&wanted.public).ok_or(KeyError::Block)?;
         let _armed = match place {
-            Place::Token { window, .. } if key.wants_pin => {
+            Place::Token { window, series, .. } if key.wants_pin => {
                 // The PIN of the VERIFY just before counts for one operation, whatever becomes of it.
-                Some(window.arm(current.pin.take().ok_or(KeyError::LoggedOut)?))
+                let pin = current.pin.take().ok_or(KeyError::LoggedOut)?;
+                if !self.keys.is_in() {
+                    return Err(KeyError::Failed("the token was removed".into()));
+                }
+                Some(window.arm(pin, &self.keys.slot, *series))
             }
             _ => None,
         };
-        operate(key.fast(place, &wanted.name), prepared)
+        operate(key.fast(place, &wanted.name, &mut current.warned), prepared)
     }
 }
 
@@ -311,5 +363,46 @@ impl Drop for NssLogin {
         if current.generation == self.generation {
             self.keys.end(&mut current);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
+    use super::super::super::KeyStore;
+    use super::super::NssDatabase;
+    use super::super::ffi::Class;
+
+    fn certutil(directory: &Path, arguments: &[&str]) {
+        let file = |name| directory.join(name);
+        let mut command = Command::new("certutil");
+        command.arg("-d").arg(directory).arg("-f").arg(file("password")).args(arguments);
+        let output = command.output().unwrap_or_else(|error| panic!("{error}; install libnss3-tools"));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    #[test]
+    fn no_key_stays_in_memory_after_a_logout() {
+        let root = tempfile::tempdir().unwrap();
+        let file = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(file("password"), "secret\n").unwrap();
+        std::fs::write(file("noise"), [7; 256]).unwrap();
+        certutil(root.path(), &["-N"]);
+        let key = ["-g", "1024", "-z", &file("noise"), "-x", "-t", ",,", "-n", "key", "-s", "CN=key"];
+        certutil(root.path(), &[&["-S"], &key[..]].concat());
+
+        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+        let slot = &store.keys.slot;
+        // What is in memory is among them.
+        let keys = || slot.objects(Class::PrivateKey).unwrap().iter().count();
+        let unlocked = store.unlock(&b"secret"[..].into()).unwrap();
+        assert_eq!(keys(), 1);
+        unlocked.rsa_raw(0, &[5; 128]).unwrap();
+        assert_eq!(keys(), 2);
+        drop(unlocked);
+        slot.log_in(c"secret");
+        assert_eq!(keys(), 1);
     }
 }

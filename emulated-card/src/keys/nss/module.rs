@@ -2,14 +2,14 @@
 
 use std::ffi::CString;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use thiserror::Error;
 
-use super::ffi;
+use super::ffi::{self, NssError};
 use super::watch::Watcher;
 
 /// Longest pkcs11.txt that is read.
@@ -43,7 +43,7 @@ pub enum ModuleError {
     Load {
         /// The path as it was given.
         library: String,
-        /// The NSS error.
+        /// What the system or NSS said.
         reason: String,
     },
     /// The list of modules cannot be read.
@@ -100,16 +100,26 @@ impl Module {
     fn load_with(library: &str, parameters: &str) -> Result<Self, ModuleError> {
         static LOADED: Mutex<Vec<Module>> = Mutex::new(Vec::new());
 
-        let path = if library.contains('/') { std::fs::canonicalize(library).ok() } else { None };
+        let failed = |reason: String| ModuleError::Load { library: library.to_owned(), reason };
+        let path = if library.contains('/') && !library.contains('\0') {
+            // NSS says of a file that is not there only that it does not load.
+            Some(fs::canonicalize(library).map_err(|error| failed(error.to_string()))?)
+        } else {
+            None
+        };
         let library = path.as_ref().and_then(|path| path.to_str()).unwrap_or(library);
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(module) = loaded.iter().find(|module| module.library() == library) {
             return Ok(module.clone());
         }
         let spec = spec(library, parameters).ok_or_else(|| ModuleError::Path { library: library.into() })?;
-        let module = ffi::Module::load(&spec).map_err(|reason| ModuleError::Load {
-            library: library.to_owned(),
-            reason: reason.to_string(),
+        let module = ffi::Module::load(&spec).map_err(|reason| {
+            failed(match reason {
+                NssError::INCOMPATIBLE_MODULE => {
+                    format!("it does not start, or not for use by several threads at once: {reason}")
+                }
+                reason => reason.to_string(),
+            })
         })?;
         let module = Self {
             loaded: Arc::new(Loaded { library: library.to_owned(), module, watcher: Mutex::default() }),
@@ -126,12 +136,12 @@ impl fmt::Debug for Module {
 }
 
 fn read_list(list: &Path) -> io::Result<String> {
-    let file = File::open(list)?;
-    if !file.metadata()?.is_file() {
+    // Not opened before it is known to be a file: opening a FIFO would block.
+    if !fs::metadata(list)?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
     let mut text = String::new();
-    file.take(MAX_LIST).read_to_string(&mut text)?;
+    File::open(list)?.take(MAX_LIST).read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -140,22 +150,34 @@ fn parse_list(text: &str) -> Vec<(String, String)> {
     let mut modules = Vec::new();
     let mut lines = text.lines().map(str::trim).peekable();
     while lines.peek().is_some() {
-        let (mut library, mut parameters, mut flags) = ("", "", "");
+        let (mut library, mut parameters, mut flags) = (String::new(), String::new(), String::new());
         for line in lines.by_ref().take_while(|line| !line.is_empty()) {
-            match line.split_once('=') {
-                Some(("library", value)) => library = value,
-                Some(("parameters", value)) => parameters = value,
-                Some((name, value)) if name.eq_ignore_ascii_case("nss") => flags = value,
+            let Some((name, value)) = line.split_once('=') else { continue };
+            match &*name.to_ascii_lowercase() {
+                "library" => library = unquoted(value),
+                "parameters" => parameters = unquoted(value),
+                "nss" => flags = unquoted(value),
                 _ => {}
             }
         }
         let flags = flags.to_ascii_lowercase();
         let is_own = ["internal", "moduledb"].iter().any(|flag| flags.contains(flag));
         if !library.is_empty() && !is_own {
-            modules.push((library.to_owned(), parameters.to_owned()));
+            modules.push((library, parameters));
         }
     }
     modules
+}
+
+/// A value as NSS reads it: whole, or what stands in double quotes, where a backslash takes the next character as it is.
+fn unquoted(value: &str) -> String {
+    let Some(quoted) = value.strip_prefix('"') else { return value.to_owned() };
+    let mut text = String::new();
+    let mut characters = quoted.chars();
+    while let Some(character) = characters.next().filter(|&character| character != '"') {
+        text.extend(if character == '\\' { characters.next() } else { Some(character) });
+    }
+    text
 }
 
 /// The spec string for `SECMOD_LoadUserModule`; `None` if there is a NUL in it.
@@ -184,6 +206,14 @@ mod tests {
             parse_list(list),
             [("/usr/lib/a.so".into(), String::new()), ("b.so".into(), "x='y z'".into())]
         );
+        let quoted = r#"Library="/a \"b\".so" more
+Parameters="x='\\y z'
+NSS="trustOrder=100"
+
+library="/own.so"
+nss="flags=internal"
+"#;
+        assert_eq!(parse_list(quoted), [(r#"/a "b".so"#.into(), r"x='\y z'".into())]);
         assert_eq!(parse_list(""), []);
         assert_eq!(parse_list("\n\n=\n\0\n\nlibrary"), []);
     }

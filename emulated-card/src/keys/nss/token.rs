@@ -18,7 +18,7 @@ pub use super::watch::{Token, TokenWatch};
 
 pub(crate) use super::watch::ring;
 
-use super::ffi::Window;
+use super::ffi::{TokenInfo, Window};
 use super::login::{Keys, Place, WantedKey};
 use super::{Content, Found, MAX_CERTIFICATES};
 use crate::keys::certificate::{self, Parts};
@@ -103,7 +103,8 @@ impl TokenStore {
         if certificates.is_empty() {
             return Err(TokenError::NoCertificates { label: label() });
         }
-        let place = Place::Token { series: token.series, window: Window::new() };
+        let place =
+            Place::Token { series: token.series, needs_login: token.needs_login(), window: Window::new() };
         Ok(Self {
             certificates,
             token: token.clone(),
@@ -144,23 +145,38 @@ impl KeyStore for TokenStore {
         self.token.info.needs_login()
     }
 
-    /// One while the token says that the next try is the last (CKF_USER_PIN_FINAL_TRY), none when it says that its
-    /// PIN is locked (CKF_USER_PIN_LOCKED).
+    /// One while the token says that the next try is the last (CKF_USER_PIN_FINAL_TRY), or cannot be asked; none when it
+    /// says that its PIN is locked (CKF_USER_PIN_LOCKED).
     fn tries_hint(&self) -> Option<u8> {
-        let stale = *self.stale_hint.lock().unwrap_or_else(PoisonError::into_inner);
-        self.token.tries_hint().filter(|&hint| Some(hint) != stale)
+        let mut stale = self.stale_hint.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(info) = self.token.current_info() else { return Some(1) };
+        let hint = hint(&info);
+        if hint != *stale {
+            *stale = None;
+        }
+        hint.filter(|_| stale.is_none())
+    }
+
+    /// CKF_USER_PIN_COUNT_LOW and those flags.
+    fn was_wrong(&self) -> Option<bool> {
+        self.token.current_info().map(|info| info.is_count_low())
     }
 
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
         let outcome = self.keys.unlock(secret);
         let mut stale = self.stale_hint.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {
-            Ok(_) => *stale = self.token.tries_hint(),
-            Err(UnlockError::Wrong | UnlockError::Locked) => *stale = None,
+            Ok(_) => *stale = self.token.current_info().as_ref().and_then(hint),
+            Err(UnlockError::Wrong | UnlockError::Locked | UnlockError::Unclear(_)) => *stale = None,
             Err(UnlockError::NotChecked(_)) => {}
         }
         Ok(Box::new(outcome?))
     }
+}
+
+/// How many tries the token's flags leave, at most.
+fn hint(info: &TokenInfo) -> Option<u8> {
+    if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
 }
 
 fn usable(content: &Content) -> Vec<(Certificate, WantedKey)> {

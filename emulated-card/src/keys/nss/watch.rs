@@ -41,18 +41,17 @@ impl Token {
         self.info.needs_login()
     }
 
-    /// How many tries the token's flags leave, at most.
-    pub(super) fn tries_hint(&self) -> Option<u8> {
-        let info = self.slot.token_info().ok()?;
-        if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
+    /// What the token says of itself now, if it does.
+    pub(super) fn current_info(&self) -> Option<TokenInfo> {
+        self.slot.token_info().ok()
     }
 
-    /// What there is one of at a time, whatever slot it is in: only a token without a serial number is told from others
-    /// by its slot.
+    /// What there is one of at a time, whatever slot it is in and whatever module reaches it: only a token without a
+    /// serial number is told from others by these.
     pub(crate) fn name(&self) -> String {
         let TokenInfo { label, manufacturer, model, serial_number, .. } = &*self.info;
-        let slot = if serial_number.is_empty() { self.slot.id() } else { 0 };
-        format!("{:?}", (self.module.library(), manufacturer, model, serial_number, label, slot))
+        let place = serial_number.is_empty().then(|| (self.module.library(), self.slot.id()));
+        format!("{:?}", (manufacturer, model, serial_number, label, place))
     }
 }
 
@@ -107,11 +106,17 @@ impl TokenWatch {
         *BELL.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Blocks until [`changes`](Self::changes) gives another number than `seen`. What changed may be in another
-    /// module, or nothing.
-    pub(crate) fn wait(&self, seen: u64) {
+    /// Blocks until [`changes`](Self::changes) gives another number than `seen`, or for that long, and returns it:
+    /// whatever is rung for after that ends the next wait. What changed may be in another module, or nothing.
+    pub(crate) fn wait(&self, seen: u64, limit: Option<Duration>) -> u64 {
         let count = BELL.0.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(BELL.1.wait_while(count, |count| *count == seen).unwrap_or_else(PoisonError::into_inner));
+        let same = |count: &mut u64| *count == seen;
+        match limit {
+            None => *BELL.1.wait_while(count, same).unwrap_or_else(PoisonError::into_inner),
+            Some(limit) => {
+                *BELL.1.wait_timeout_while(count, limit, same).unwrap_or_else(PoisonError::into_inner).0
+            }
+        }
     }
 }
 
