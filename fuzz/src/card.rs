@@ -59,8 +59,14 @@ pub(crate) fn run(bytes: &[u8]) {
 }
 
 fn card(store: Store, profile: Profile, reference: Reference) -> EmulatedCard {
-    let slots =
-        [PivSlot::AUTHENTICATION, PivSlot::SIGNATURE, PivSlot::KEY_MANAGEMENT, PivSlot::CARD_AUTHENTICATION];
+    let retired = "82".parse().expect("a slot");
+    let slots = [
+        PivSlot::AUTHENTICATION,
+        PivSlot::SIGNATURE,
+        PivSlot::KEY_MANAGEMENT,
+        PivSlot::CARD_AUTHENTICATION,
+        retired,
+    ];
     let options = CardOptions { profile, slots: slots.into_iter().zip(0..).collect() };
     let id = CardId::derive(&store.certificates, "fuzz");
     let (pin, puk) = (Secret::from(PIN), Secret::from(PUK));
@@ -70,7 +76,7 @@ fn card(store: Store, profile: Profile, reference: Reference) -> EmulatedCard {
         Reference::Own => ReferenceData::in_memory_own(&pin, Some(&puk), 3).expect("a PIN and a PUK"),
     };
     EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))
-        .expect("a card of four keys")
+        .expect("a card of five keys")
 }
 
 /// What has to be true of the card.
@@ -459,7 +465,7 @@ struct Seen {
     late: AtomicUsize,
 }
 
-/// Four keys, whose results are bytes of the right number.
+/// Five keys, whose results are bytes of the right number.
 struct Store {
     certificates: Vec<Certificate>,
     seen: Arc<Seen>,
@@ -477,6 +483,7 @@ impl Store {
             KeyKind::Rsa { bits: 1024 },
             KeyKind::Rsa { bits: 1024 },
             KeyKind::Ec(Curve::P256),
+            KeyKind::Ec(Curve::P384),
             KeyKind::Ec(Curve::P384),
         ];
         let certificate = |(index, kind): (usize, KeyKind)| Certificate {
