@@ -553,6 +553,7 @@ impl Unlocked for Login {
 
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
         assert_eq!(point[0], 0x04, "a point that is not written in full");
+        assert!(matches!(index, 2 | 4), "ECDH with a key that signs");
         self.operate(index, point, &[1 + 2 * self.kinds[index].block_len()], 1).map(Secret::new)
     }
 }

@@ -135,8 +135,9 @@ impl Key {
                 (KeyKind::Ec(_), Some(digest), None) if (1..=length).contains(&digest.len()) => {
                     (KeyOperation::Ecdsa, digest, signature)
                 }
+                // 9E would agree on a secret with whoever asks.
                 (KeyKind::Ec(_), None, Some(point @ [0x04, coordinates @ ..]))
-                    if coordinates.len() == 2 * length =>
+                    if coordinates.len() == 2 * length && self.manages_keys() =>
                 {
                     (KeyOperation::Ecdh, point, response)
                 }
@@ -144,6 +145,11 @@ impl Key {
             };
         let needs_pin = self.slot != PivSlot::CARD_AUTHENTICATION;
         Some(KeyWork { key: self.index, operation, input: Secret::from(input), needs_pin, reply })
+    }
+
+    /// Whether it is one of the keys that ECDH is for (SP 800-73-4 Part 2 §3.2.4).
+    fn manages_keys(&self) -> bool {
+        self.slot == PivSlot::KEY_MANAGEMENT || self.slot.retired().is_some()
     }
 }
 
