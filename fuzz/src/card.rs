@@ -194,10 +194,6 @@ impl Model {
                     self.pin = unpadded(&data[8..]).to_vec();
                 }
             }
-            // Who tries it where it cannot be is logged out.
-            apdu::ins::CHANGE_REFERENCE_DATA if status == StatusWord::CONDITIONS_NOT_SATISFIED => {
-                self.logout();
-            }
             apdu::ins::RESET_RETRY_COUNTER if compares(status) => {
                 let right = self.puk_tries.compared(status, data[..8] == self.puk);
                 if right {

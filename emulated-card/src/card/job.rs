@@ -92,10 +92,13 @@ impl Job {
                 drop(login);
                 logged_in(reference.verify(&pin, &*store))
             }
-            Work::Change { old, new } => {
-                drop(login);
-                logged_in(reference.change(&old, &new, &*store))
-            }
+            Work::Change { old, new } => match reference.check_change(&new) {
+                Ok(()) => {
+                    drop(login);
+                    logged_in(reference.change(&old, &new, &*store))
+                }
+                Err(refused) => (login, Err(pin_status(&refused))),
+            },
             Work::ChangePuk { old, new } => (login, empty(reference.change_puk(&old, &new))),
             Work::Unblock { puk, new } => match reference.unblock(&puk, &new) {
                 // SP 800-73-4 Part 2 §3.2.3: 63CX ends the PIN's security status. Success would not change it, but
