@@ -330,8 +330,8 @@ impl EmulatedCard {
         self.piv().is_some_and(|index| self.volatile.selected == Some(index))
     }
 
-    /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; and the
-    /// administrator.
+    /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; with it what a key
+    /// gave or was to get that is still here; and the administrator.
     pub fn logout(&mut self) {
         self.volatile.administrator = piv::Administrator::default();
         self.forget_pin();
@@ -340,6 +340,8 @@ impl EmulatedCard {
     fn forget_pin(&mut self) {
         self.volatile.login = None;
         self.volatile.fresh = false;
+        self.volatile.unread = None;
+        self.volatile.gathered = Secret::default();
         if let Some(running) = &mut self.volatile.running {
             running.forget = true;
         }
