@@ -363,13 +363,17 @@ impl EmulatedCard {
         let unread = self.volatile.unread.take();
         let gathered = std::mem::take(&mut self.volatile.gathered);
         let chain = self.volatile.chain.take().filter(|chain| chain.header == Chain::header(command));
-        if !matches!(command.ins(), ins::GENERAL_AUTHENTICATE | ins::GET_RESPONSE) {
-            // GENERAL AUTHENTICATE does so itself, when all its pieces are there.
-            self.volatile.administrator.take_attempt();
-        }
+        let attempt = self.volatile.administrator.take_attempt();
         match class(command.cla()) {
             Err(refusal) => return refusal.into(),
-            Ok(Class::Piece) => return self.piece(command, chain).into(),
+            Ok(Class::Piece) => {
+                let status = self.piece(command, chain);
+                if status == StatusWord::SUCCESS {
+                    let answered = attempt.filter(|attempt| attempt.is_answered_by(command));
+                    self.volatile.administrator.resume(answered);
+                }
+                return status.into();
+            }
             Ok(Class::Whole) => {}
         }
         let joined;
@@ -385,7 +389,11 @@ impl EmulatedCard {
         };
         let verified = self.volatile.login.is_some();
         let outcome = match command.ins() {
-            ins::GET_RESPONSE => return Step::Answer(self.get_response(command, unread)),
+            ins::GET_RESPONSE => {
+                // The challenge is answered when it was fetched.
+                self.volatile.administrator.resume(attempt.filter(|_| unread.is_some()));
+                return Step::Answer(self.get_response(command, unread));
+            }
             ins::GET_CHALLENGE => self.get_challenge(command),
             ins::SELECT if command.p1() == 0x04 => self.select(command),
             ins::SELECT if command.p1() != 0x02 && !self.is_piv_selected() => {
@@ -403,6 +411,7 @@ impl EmulatedCard {
                         random: &mut self.random,
                         memory: self.store.writable(),
                         administrator: &mut self.volatile.administrator,
+                        attempt,
                     };
                     applet.command(command, session)
                 }

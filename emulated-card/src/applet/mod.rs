@@ -48,6 +48,8 @@ pub(crate) struct Session<'a> {
     pub(crate) memory: Option<&'a dyn Writable>,
     /// Who may do that.
     pub(crate) administrator: &'a mut piv::Administrator,
+    /// The authentication of an administrator that the command before this one began.
+    pub(crate) attempt: Option<piv::Attempt>,
 }
 
 /// What a command leads to.

@@ -1,8 +1,9 @@
 //! Authentication by the card management key, 9B (SP 800-73-4 Part 2 §3.2.4, appendix A.1): who knows it may write.
 
-use vscard_protocol::{Secret, StatusWord};
+use vscard_protocol::apdu::ins;
+use vscard_protocol::{Command, Secret, StatusWord};
 
-use super::authenticate::{Template, response};
+use super::authenticate::{CARD_MANAGEMENT, Template, response};
 use crate::applet::Outcome;
 use crate::card::Random;
 use crate::keys::writable::{ManagementAlgorithm, Writable};
@@ -20,7 +21,8 @@ pub(crate) enum Administrator {
     Authenticated,
 }
 
-/// An authentication that was begun. It is taken by whatever command comes next.
+/// An authentication that was begun. It is taken by whatever command comes next, and goes on only where that fetches
+/// the rest of an answer or is a piece of the host's.
 pub(crate) struct Attempt {
     kind: Kind,
     algorithm: ManagementAlgorithm,
@@ -48,8 +50,24 @@ impl Administrator {
         }
     }
 
+    /// Goes on with an attempt that was taken, if there is one.
+    pub(crate) fn resume(&mut self, attempt: Option<Attempt>) {
+        if let Some(attempt) = attempt {
+            *self = Self::Begun(attempt);
+        }
+    }
+
     pub(crate) fn is_authenticated(&self) -> bool {
         matches!(self, Self::Authenticated)
+    }
+}
+
+impl Attempt {
+    /// Whether a command is what ends it, or a piece of that.
+    pub(crate) fn is_answered_by(&self, command: &Command) -> bool {
+        command.ins() == ins::GENERAL_AUTHENTICATE
+            && command.p2() == CARD_MANAGEMENT
+            && ManagementAlgorithm::of_identifier(command.p1()) == Some(self.algorithm)
     }
 }
 
