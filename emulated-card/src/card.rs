@@ -57,8 +57,8 @@ use crate::pin::ReferenceData;
 use crate::slot::{PivSlot, SlotError};
 use crate::state::CardId;
 
+pub(crate) use job::{Complaints, KeyOperation, KeyWork, Work};
 pub use job::{Done, Job};
-pub(crate) use job::{KeyOperation, KeyWork, Work};
 
 /// As what a card shows itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -180,6 +180,7 @@ pub struct EmulatedCard {
     store: Arc<dyn KeyStore>,
     reference: Arc<ReferenceData>,
     random: Random,
+    complaints: Complaints,
     atr: Atr,
     /// The PIV application first, if there is one.
     applets: Vec<Box<dyn Applet>>,
@@ -301,6 +302,7 @@ impl EmulatedCard {
             store,
             reference,
             random,
+            complaints: Complaints::new(),
             epoch: 0,
             volatile: Volatile::default(),
         };
@@ -409,6 +411,7 @@ impl EmulatedCard {
                         fresh: &mut self.volatile.fresh,
                         gathered,
                         random: &mut self.random,
+                        complaints: &self.complaints,
                         memory: self.store.writable(),
                         administrator: &mut self.volatile.administrator,
                         attempt,
@@ -507,6 +510,7 @@ impl EmulatedCard {
             login: self.volatile.login.take(),
             store: Arc::clone(&self.store),
             reference: Arc::clone(&self.reference),
+            complaints: self.complaints.clone(),
             work,
         })
     }

@@ -10,7 +10,7 @@ pub(crate) mod piv;
 
 use vscard_protocol::{Command, Secret, StatusWord};
 
-use crate::card::{KeyWork, Random, Work};
+use crate::card::{Complaints, KeyWork, Random, Work};
 use crate::keys::writable::Writable;
 use crate::tlv;
 
@@ -44,6 +44,8 @@ pub(crate) struct Session<'a> {
     pub(crate) gathered: Secret,
     /// Where challenges come from.
     pub(crate) random: &'a mut Random,
+    /// Where to tell of what fails.
+    pub(crate) complaints: &'a Complaints,
     /// What was written to the card, of one that can be written to.
     pub(crate) memory: Option<&'a dyn Writable>,
     /// Who may do that.

@@ -6,7 +6,7 @@ use vscard_protocol::{Command, Secret, StatusWord};
 use super::authenticate::{CARD_MANAGEMENT, Template, response};
 use crate::applet::Outcome;
 use crate::card::Random;
-use crate::keys::writable::{ManagementAlgorithm, Writable};
+use crate::keys::writable::ManagementAlgorithm;
 use crate::tlv::ber;
 
 /// How far the authentication of the card's administrator is.
@@ -71,21 +71,16 @@ impl Attempt {
     }
 }
 
-/// GENERAL AUTHENTICATE with the key of a card that has one. `attempt` is what the command before began.
+/// GENERAL AUTHENTICATE with the key of a card that has one. `attempt` is what the command before began,
+/// `encrypted` makes of a block what the key does.
 pub(super) fn authenticate(
     algorithm: ManagementAlgorithm,
     template: &Template<'_>,
     attempt: Option<Attempt>,
-    memory: &dyn Writable,
+    encrypted: impl Fn(&[u8]) -> Result<Secret, StatusWord>,
     administrator: &mut Administrator,
     random: &mut Random,
 ) -> Outcome {
-    let encrypted = |block: &[u8]| {
-        memory.encrypt(block).map_err(|error| {
-            tracing::warn!(%error, "card management key");
-            StatusWord::NO_DIAGNOSIS
-        })
-    };
     let mut block = vec![0; algorithm.block_len()];
     let (kind, answer, challenge) = match *template {
         // 7C {81 00}: a challenge, please; 7C {80 00}: a witness.

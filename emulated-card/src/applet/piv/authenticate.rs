@@ -91,7 +91,7 @@ impl Piv {
 /// What concerns the card management key. On a card that has none, or one of another algorithm, nothing can come of
 /// it, but OpenSC takes the challenges that are for Triple DES as random numbers.
 fn card_management(command: &Command, session: Session<'_>) -> Outcome {
-    let Session { memory, administrator, attempt, random, .. } = session;
+    let Session { memory, administrator, attempt, random, complaints, .. } = session;
     let Some(algorithm) = ManagementAlgorithm::of_identifier(command.p1()) else {
         return StatusWord::REFERENCE_NOT_FOUND.into();
     };
@@ -99,7 +99,13 @@ fn card_management(command: &Command, session: Session<'_>) -> Outcome {
     let memory = memory.filter(|memory| memory.management() == Some(algorithm));
     match (memory, template) {
         (Some(memory), Some(template)) => {
-            admin::authenticate(algorithm, &template, attempt, memory, administrator, random)
+            let encrypt = |block: &[u8]| {
+                memory.encrypt(block).map_err(|error| {
+                    complaints.warn("card management key", error);
+                    StatusWord::NO_DIAGNOSIS
+                })
+            };
+            admin::authenticate(algorithm, &template, attempt, encrypt, administrator, random)
         }
         (None, _) if algorithm != ManagementAlgorithm::TripleDes => StatusWord::REFERENCE_NOT_FOUND.into(),
         (
