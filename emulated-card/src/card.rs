@@ -57,8 +57,8 @@ use crate::pin::ReferenceData;
 use crate::slot::{PivSlot, SlotError};
 use crate::state::CardId;
 
+pub(crate) use job::{Complaints, KeyOperation, KeyWork, Work};
 pub use job::{Done, Job};
-pub(crate) use job::{KeyOperation, KeyWork, Work};
 
 /// As what a card shows itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -180,6 +180,7 @@ pub struct EmulatedCard {
     store: Arc<dyn KeyStore>,
     reference: Arc<ReferenceData>,
     random: Random,
+    complaints: Complaints,
     atr: Atr,
     /// The PIV application first, if there is one.
     applets: Vec<Box<dyn Applet>>,
@@ -301,6 +302,7 @@ impl EmulatedCard {
             store,
             reference,
             random,
+            complaints: Complaints::new(),
             epoch: 0,
             volatile: Volatile::default(),
         };
@@ -330,8 +332,8 @@ impl EmulatedCard {
         self.piv().is_some_and(|index| self.volatile.selected == Some(index))
     }
 
-    /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; and the
-    /// administrator.
+    /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; with it what a key
+    /// gave or was to get that is still here; and the administrator.
     pub fn logout(&mut self) {
         self.volatile.administrator = piv::Administrator::default();
         self.forget_pin();
@@ -340,6 +342,8 @@ impl EmulatedCard {
     fn forget_pin(&mut self) {
         self.volatile.login = None;
         self.volatile.fresh = false;
+        self.volatile.unread = None;
+        self.volatile.gathered = Secret::default();
         if let Some(running) = &mut self.volatile.running {
             running.forget = true;
         }
@@ -361,13 +365,17 @@ impl EmulatedCard {
         let unread = self.volatile.unread.take();
         let gathered = std::mem::take(&mut self.volatile.gathered);
         let chain = self.volatile.chain.take().filter(|chain| chain.header == Chain::header(command));
-        if !matches!(command.ins(), ins::GENERAL_AUTHENTICATE | ins::GET_RESPONSE) {
-            // GENERAL AUTHENTICATE does so itself, when all its pieces are there.
-            self.volatile.administrator.take_attempt();
-        }
+        let attempt = self.volatile.administrator.take_attempt();
         match class(command.cla()) {
             Err(refusal) => return refusal.into(),
-            Ok(Class::Piece) => return self.piece(command, chain).into(),
+            Ok(Class::Piece) => {
+                let status = self.piece(command, chain);
+                if status == StatusWord::SUCCESS {
+                    let answered = attempt.filter(|attempt| attempt.is_answered_by(command));
+                    self.volatile.administrator.resume(answered);
+                }
+                return status.into();
+            }
             Ok(Class::Whole) => {}
         }
         let joined;
@@ -383,7 +391,11 @@ impl EmulatedCard {
         };
         let verified = self.volatile.login.is_some();
         let outcome = match command.ins() {
-            ins::GET_RESPONSE => return Step::Answer(self.get_response(command, unread)),
+            ins::GET_RESPONSE => {
+                // The challenge is answered when it was fetched.
+                self.volatile.administrator.resume(attempt.filter(|_| unread.is_some()));
+                return Step::Answer(self.get_response(command, unread));
+            }
             ins::GET_CHALLENGE => self.get_challenge(command),
             ins::SELECT if command.p1() == 0x04 => self.select(command),
             ins::SELECT if command.p1() != 0x02 && !self.is_piv_selected() => {
@@ -399,8 +411,10 @@ impl EmulatedCard {
                         fresh: &mut self.volatile.fresh,
                         gathered,
                         random: &mut self.random,
+                        complaints: &self.complaints,
                         memory: self.store.writable(),
                         administrator: &mut self.volatile.administrator,
+                        attempt,
                     };
                     applet.command(command, session)
                 }
@@ -496,6 +510,7 @@ impl EmulatedCard {
             login: self.volatile.login.take(),
             store: Arc::clone(&self.store),
             reference: Arc::clone(&self.reference),
+            complaints: self.complaints.clone(),
             work,
         })
     }

@@ -247,14 +247,7 @@ impl Worker {
                 Task::Command(command, reply) => {
                     let response = match self.core.command(&command) {
                         Step::Answer(response) => response,
-                        Step::Work(job) => {
-                            let done = job.run();
-                            if self.shared.lock().reset {
-                                // The session ended meanwhile: what comes of the job must find the card reset.
-                                self.core.reset();
-                            }
-                            self.core.finish(done)
-                        }
+                        Step::Work(job) => self.core.finish(job.run()),
                     };
                     let _ = reply.send(response);
                 }

@@ -106,10 +106,10 @@ pub enum SlotError {
 ///
 /// Those in `explicit` go where it says; a name that several certificates have means the first that has no slot yet,
 /// and one that none has any more means a certificate once again, in another slot.
-/// Of the others, those whose key usage and extended key usage name one purpose go first: card authentication to 9E,
-/// client authentication to 9A, non-repudiation or e-mail protection to 9C, encryption alone to 9D. Then come those
-/// that only sign (9A or 9C) and those for anything, or that do not say (9A, 9C, 9D), in the order given. Whoever finds
-/// no place becomes a retired key, 82 and up.
+/// Of the others, those whose key usage and extended key usage name one purpose go first: card authentication and
+/// nothing else to 9E, client authentication to 9A, non-repudiation or e-mail protection to 9C, encryption alone to 9D.
+/// Then come those that only sign (9A or 9C) and those for anything, or that do not say (9A, 9C, 9D), in the order
+/// given. Whoever finds no place becomes a retired key, 82 and up.
 ///
 /// # Errors
 /// [`SlotError`].
@@ -239,6 +239,15 @@ mod tests {
             (ENCIPHER, &[], Purpose::Encrypt),
             (AGREE, &[EMAIL], Purpose::Encrypt),
             (SIGN, &[CARD], Purpose::CardAuthentication),
+            // What works without the PIN is for nothing else.
+            (SIGN, &[CARD, CLIENT], Purpose::Authenticate),
+            (SIGN, &[SMARTCARD_LOGON, CARD], Purpose::Authenticate),
+            (SIGN | COMMIT, &[CARD], Purpose::Commit),
+            (SIGN, &[CARD, EMAIL], Purpose::Commit),
+            (ENCIPHER, &[CARD], Purpose::Encrypt),
+            (AGREE, &[CARD], Purpose::Encrypt),
+            (SIGN | ENCIPHER, &[CARD], Purpose::Any),
+            (SIGN | AGREE, &[CARD], Purpose::Any),
             (SIGN, &[], Purpose::Sign),
             (SIGN, &[CLIENT, EMAIL], Purpose::Sign),
             (SIGN | ENCIPHER, &[], Purpose::Any),
@@ -248,6 +257,10 @@ mod tests {
             assert_eq!(purpose(&certificate.der), expected, "{usage:02X} {extensions:02X?}");
         }
         assert_eq!(purpose(&certificate(&[extended(&[CLIENT])]).der), Purpose::Any);
+        assert_eq!(purpose(&certificate(&[extended(&[CARD])]).der), Purpose::CardAuthentication);
+        assert_eq!(purpose(&certificate(&[extended(&[CARD, CLIENT])]).der), Purpose::Any);
+        let unreadable: (&[u8], bool, Vec<u8>) = (&[0x55, 0x1D, 0x0F], true, vec![0xFF; 3]);
+        assert_eq!(purpose(&certificate(&[unreadable, extended(&[CARD])]).der), Purpose::Any);
         assert_eq!(purpose(&certificate(&[]).der), Purpose::Any);
         assert_eq!(purpose(b"rubbish"), Purpose::Any);
     }

@@ -7,7 +7,7 @@ mod common;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -188,12 +188,30 @@ async fn a_slot_may_go_while_a_card_is_powered() {
     assert_eq!(card.transmit(&sign).await.err(), Some(CardError::Removed));
 }
 
-#[tokio::test]
-async fn an_idle_card_forgets_the_pin() {
+/// A slot whose store tells of each logout.
+fn telling() -> (CardSlot, Receiver<()>) {
     let (told, logged_out) = sync_channel(8);
     let mut store = Store::new(1, 1024);
     store.on_logout = Some(told);
-    let slot = slot_of(store);
+    (slot_of(store), logged_out)
+}
+
+#[tokio::test]
+async fn power_off_logs_out_at_once_and_so_does_removal() {
+    let (slot, logged_out) = telling();
+    let card = ready_to_sign(&slot, slot.insert()).await;
+    assert!(logged_out.try_recv().is_err());
+    drop(card);
+    // Nobody powers it on again.
+    logged_out.recv().unwrap();
+    let _card = ready_to_sign(&slot, slot.insert()).await;
+    slot.remove();
+    logged_out.recv().unwrap();
+}
+
+#[tokio::test]
+async fn an_idle_card_forgets_the_pin() {
+    let (slot, logged_out) = telling();
     let mut card = ready_to_sign(&slot, slot.insert()).await;
     assert!(logged_out.try_recv().is_err());
     slot.forget_pin(Some(Duration::from_millis(1)));

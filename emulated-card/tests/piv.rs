@@ -4,13 +4,16 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use emulated_card::card::{CardBuildError, EmulatedCard, Profile};
-use emulated_card::keys::{Curve, KeyKind};
+use emulated_card::keys::{Curve, KeyError, KeyKind, UnlockError};
 use emulated_card::pin::ReferenceData;
 use emulated_card::slot::{PivSlot, SlotError, assign};
-use vscard_protocol::StatusWord;
+use vscard_protocol::{Secret, StatusWord};
 
-use common::{Store, certificate, certificates, keys, noise, piv_card, send, try_card};
+use common::{PIN, Store, VERIFY_PIV, certificate, certificates, keys, noise, piv_card, send, try_card};
 
 fn new_card(profile: Profile, text: &str) -> EmulatedCard {
     piv_card(profile, text, ReferenceData::in_memory(3))
@@ -172,4 +175,55 @@ fn certificates_that_do_not_say_go_where_there_is_room() {
     assert_eq!(slots(2, &twice), Err(SlotError::Taken(PivSlot::AUTHENTICATION)));
     let error = SlotError::NoSuchCertificate { slot: PivSlot::SIGNATURE, name: "other".into() };
     assert_eq!(slots(2, &[("9c", "other")]), Err(error));
+}
+
+/// Counts what is logged.
+struct Log(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Log {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn a_guest_does_not_fill_the_log_with_what_fails() {
+    let logged = Arc::new(AtomicUsize::new(0));
+    tracing::subscriber::with_default(Log(Arc::clone(&logged)), || {
+        let (slots, certificates) = keys("9a:1024,9e:p256");
+        let mut store = Store::of(certificates);
+        store.key_error = Some(KeyError::Failed("broken".into()));
+        let any = ReferenceData::any(Secret::from(PIN));
+        let mut card = try_card(store, any, Profile::Piv, slots.clone()).unwrap();
+        let sign = [b"\x00\x87\x11\x9E\x26\x7C\x24\x82\x00\x81\x20", &[0x55; 32][..], b"\x00"].concat();
+        for _ in 0..100 {
+            assert_eq!(send(&mut card, &sign).status(), StatusWord::NO_DIAGNOSIS);
+            card.reset();
+        }
+        assert_eq!(logged.swap(0, Ordering::Relaxed), 64);
+        // Another card has lines of its own.
+        let mut store = Store::of(keys("9a:1024,9e:p256").1);
+        store.unlock_error = Some(UnlockError::NotChecked("broken".into()));
+        let mut card = try_card(store, ReferenceData::in_memory(3), Profile::Piv, slots).unwrap();
+        for _ in 0..100 {
+            assert_eq!(send(&mut card, VERIFY_PIV).status(), StatusWord::NO_DIAGNOSIS);
+        }
+        assert_eq!(logged.load(Ordering::Relaxed), 64);
+    });
 }

@@ -8,13 +8,12 @@ mod common;
 use std::sync::Arc;
 
 use emulated_card::card::{Profile, Step};
-use emulated_card::keys::KeyStore;
 use emulated_card::pin::ReferenceData;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vscard_protocol::{Command, StatusWord};
+use vscard_protocol::{Command, Secret, StatusWord};
 
-use common::{SELECT_PIV, Store, VERIFY_PIV, keys, noise, pki_aid, send, transmit, try_card};
+use common::{PIN, SELECT_PIV, Store, VERIFY_PIV, keys, noise, pki_aid, send, transmit, try_card};
 
 const KEYS: &str = "9a:1024,9c:p256,9d:1024,9e:p256,82:p384";
 
@@ -72,37 +71,87 @@ fn any_command() -> impl Strategy<Value = Vec<Command>> {
     prop_oneof![3 => wild, 1 => select, 3 => authenticate()]
 }
 
-fn store() -> Store {
-    Store::of(keys(KEYS).1)
+/// What a card has when it is reset.
+#[derive(Clone, Copy, Debug)]
+enum Leftover {
+    Login,
+    Selection,
+    Chain,
+    Unread,
+    /// Work that is never done.
+    Lost,
+    /// Work that is done after the reset.
+    Late,
 }
+
+/// The first 6 bytes of a template with a digest of 32 bytes, for 9E, whose key works without the PIN.
+const CARD_PIECE: &[u8] = b"\x10\x87\x11\x9E\x06\x7C\x24\x82\x00\x81\x20";
 
 proptest! {
     #[test]
-    fn reset_clears_everything(commands in vec(any_command(), 1..30), finished in any::<bool>()) {
-        let store = store();
+    fn reset_clears_everything(
+        commands in vec(any_command(), 0..30),
+        leftover in prop::sample::select(vec![
+            Leftover::Login,
+            Leftover::Selection,
+            Leftover::Chain,
+            Leftover::Unread,
+            Leftover::Lost,
+            Leftover::Late,
+        ]),
+    ) {
+        let (slots, certificates) = keys(KEYS);
+        let store = Store::of(certificates);
         let seen = Arc::clone(&store.seen);
-        let slots = keys(KEYS).0;
-        prop_assert_eq!(slots.len(), store.certificates().len());
-        let mut card = try_card(store, ReferenceData::in_memory(3), Profile::Dual, slots).unwrap();
-        send(&mut card, VERIFY_PIV);
+        // Its own PIN, so that 9E works before it is verified.
+        let pin = ReferenceData::in_memory_own(&Secret::from(PIN), None, 15).unwrap();
+        let mut card = try_card(store, pin, Profile::Dual, slots).unwrap();
         for command in commands.iter().flatten() {
-            match card.command(command) {
-                Step::Answer(_) => {}
-                Step::Work(job) if finished => drop(card.finish(job.run())),
-                Step::Work(job) => drop(job),
+            transmit(&mut card, command);
+        }
+        send(&mut card, SELECT_PIV);
+        // Not if the commands have blocked it.
+        prop_assume!(send(&mut card, VERIFY_PIV).status() == StatusWord::SUCCESS);
+        let sign = |key, le| {
+            let header = [0x00, 0x87, 0x06, key, 0x88];
+            [&header, &b"\x7C\x81\x85\x82\x00\x81\x81\x80"[..], &[0x55; 128], &[le]].concat()
+        };
+        let digest = [b"\x00\x87\x11\x9E\x20", &[0x55; 32][..], b"\x00"].concat();
+        // The last command before the reset and how it ends, the first one after it and how that ends.
+        let (left, ended, next, refused) = match leftover {
+            Leftover::Login | Leftover::Lost | Leftover::Late => (sign(0x9A, 0), 0x90, sign(0x9A, 0), 0x6982),
+            Leftover::Selection => (common::select(&pki_aid(0)), 0x90, b"\x00\x20\x00\x00".to_vec(), 0x6A88),
+            Leftover::Chain => (CARD_PIECE.to_vec(), 0x90, digest, 0x6A80),
+            Leftover::Unread => (sign(0x9A, 1), 0x61, b"\x00\xC0\x00\x00\x00".to_vec(), 0x6985),
+        };
+        let left = Command::parse(&left).unwrap();
+        match (card.command(&left), leftover) {
+            (Step::Work(job), Leftover::Lost) => {
+                drop(job);
+                card.reset();
+            }
+            (Step::Work(job), Leftover::Late) => {
+                card.reset();
+                let late = card.finish(job.run());
+                prop_assert_eq!((late.data(), late.status().0), (&[][..], 0x6985));
+            }
+            (step, _) => {
+                let response = match step {
+                    Step::Answer(response) => response,
+                    Step::Work(job) => card.finish(job.run()),
+                };
+                prop_assert_eq!(response.status().sw1(), ended);
+                card.reset();
             }
         }
-        card.reset();
         prop_assert_eq!(seen.live_logins(), 0);
-        prop_assert_eq!(send(&mut card, &[0x00, 0xC0, 0x00, 0x00, 0x00]).status().0, 0x6985);
-        let discovery = send(&mut card, b"\x00\xCB\x3F\xFF\x03\x5C\x01\x7E\x00");
-        prop_assert_eq!((discovery.data().len(), discovery.status()), (20, StatusWord::SUCCESS));
-        let status = send(&mut card, &[0x00, 0x20, 0x00, 0x80]).status();
-        prop_assert!(matches!(status.0, 0x63C1..=0x63C3 | 0x6983), "{status}");
         let operations = seen.operations();
-        let sign = [b"\x00\x87\x06\x9A\x88\x7C\x81\x85\x82\x00\x81\x81\x80", &[0x55; 128][..], b"\x00"].concat();
-        prop_assert_eq!(send(&mut card, &sign).status(), StatusWord::SECURITY_STATUS_NOT_SATISFIED);
+        let response = send(&mut card, &next);
+        prop_assert_eq!((response.data(), response.status().0), (&[][..], refused));
         prop_assert_eq!(seen.operations(), operations);
+        // It is as good as new.
+        prop_assert_eq!(send(&mut card, VERIFY_PIV).status(), StatusWord::SUCCESS);
+        prop_assert_eq!(send(&mut card, &sign(0x9A, 0)).status(), StatusWord::SUCCESS);
     }
 
     #[test]

@@ -59,8 +59,14 @@ pub(crate) fn run(bytes: &[u8]) {
 }
 
 fn card(store: Store, profile: Profile, reference: Reference) -> EmulatedCard {
-    let slots =
-        [PivSlot::AUTHENTICATION, PivSlot::SIGNATURE, PivSlot::KEY_MANAGEMENT, PivSlot::CARD_AUTHENTICATION];
+    let retired = "82".parse().expect("a slot");
+    let slots = [
+        PivSlot::AUTHENTICATION,
+        PivSlot::SIGNATURE,
+        PivSlot::KEY_MANAGEMENT,
+        PivSlot::CARD_AUTHENTICATION,
+        retired,
+    ];
     let options = CardOptions { profile, slots: slots.into_iter().zip(0..).collect() };
     let id = CardId::derive(&store.certificates, "fuzz");
     let (pin, puk) = (Secret::from(PIN), Secret::from(PUK));
@@ -70,7 +76,7 @@ fn card(store: Store, profile: Profile, reference: Reference) -> EmulatedCard {
         Reference::Own => ReferenceData::in_memory_own(&pin, Some(&puk), 3).expect("a PIN and a PUK"),
     };
     EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))
-        .expect("a card of four keys")
+        .expect("a card of five keys")
 }
 
 /// What has to be true of the card.
@@ -187,10 +193,6 @@ impl Model {
                 if self.verified {
                     self.pin = unpadded(&data[8..]).to_vec();
                 }
-            }
-            // Who tries it where it cannot be is logged out.
-            apdu::ins::CHANGE_REFERENCE_DATA if status == StatusWord::CONDITIONS_NOT_SATISFIED => {
-                self.logout();
             }
             apdu::ins::RESET_RETRY_COUNTER if compares(status) => {
                 let right = self.puk_tries.compared(status, data[..8] == self.puk);
@@ -459,7 +461,7 @@ struct Seen {
     late: AtomicUsize,
 }
 
-/// Four keys, whose results are bytes of the right number.
+/// Five keys, whose results are bytes of the right number.
 struct Store {
     certificates: Vec<Certificate>,
     seen: Arc<Seen>,
@@ -477,6 +479,7 @@ impl Store {
             KeyKind::Rsa { bits: 1024 },
             KeyKind::Rsa { bits: 1024 },
             KeyKind::Ec(Curve::P256),
+            KeyKind::Ec(Curve::P384),
             KeyKind::Ec(Curve::P384),
         ];
         let certificate = |(index, kind): (usize, KeyKind)| Certificate {
@@ -546,6 +549,7 @@ impl Unlocked for Login {
 
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
         assert_eq!(point[0], 0x04, "a point that is not written in full");
+        assert!(matches!(index, 2 | 4), "ECDH with a key that signs");
         self.operate(index, point, &[1 + 2 * self.kinds[index].block_len()], 1).map(Secret::new)
     }
 }

@@ -29,14 +29,12 @@ use crate::card::PresenceWatch;
 use crate::chardev::{Channel, ChannelError, Stream, Wire};
 use crate::host::{Failure, Host, Input, Output, Token};
 use crate::message::Extension;
-use crate::{Atr, Card, CardError, CardSource, Command, Limits, Presence, Response, StatusWord};
+use crate::{Atr, Card, CardError, CardSource, Command, Limits, LogLines, Presence, Response, StatusWord};
 
 /// For a second client to hear that it is one.
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
 /// Bytes that may wait for a client that does not read.
 const MOST_UNSENT: usize = 256 * 1024;
-/// Lines of one kind that the log takes at once, and after how long it takes one more.
-const LINES: (u32, Duration) = (64, Duration::from_secs(60));
 
 /// A card that a remote client owns. Present while a client is connected and shows one.
 pub struct PassthruCard {
@@ -62,7 +60,7 @@ impl PassthruCard {
     ) -> (Self, impl Future<Output = Result<(), ChannelError>> + Send) {
         let (asks, asked) = mpsc::unbounded_channel();
         let (shown, presence) = watch::channel(Presence::Absent);
-        let server = Server { shown, insertions: 0, deadline, asked, lines: Lines::new(Instant::now()) };
+        let server = Server { shown, insertions: 0, deadline, asked, lines: LogLines::new(Instant::now()) };
         let card = Self { presence, asks, in_use: Arc::default() };
         (card, server.run(channel))
     }
@@ -137,33 +135,8 @@ struct Server {
     insertions: u64,
     deadline: Duration,
     asked: mpsc::UnboundedReceiver<Ask>,
-    lines: Lines,
-}
-
-/// Clients and guests come, go and make news as fast as they like; the log is not to follow them.
-pub struct Lines {
-    left: u32,
-    since: Instant,
-}
-
-impl Lines {
-    /// Room for 64 lines, and then for one a minute.
-    pub fn new(now: Instant) -> Self {
-        Self { left: LINES.0, since: now }
-    }
-
-    /// If there is room for a line, what ends it.
-    pub fn next(&mut self, now: Instant) -> Option<&'static str> {
-        while self.left < LINES.0 && now >= self.since + LINES.1 {
-            self.left += 1;
-            self.since += LINES.1;
-        }
-        if self.left == LINES.0 {
-            self.since = now;
-        }
-        self.left = self.left.checked_sub(1)?;
-        Some(if self.left == 0 { "; not all of this is told from now on" } else { "" })
-    }
+    /// Clients come, go and make news as fast as they like.
+    lines: LogLines,
 }
 
 enum Waiting {
@@ -402,19 +375,6 @@ mod tests {
     use crate::chardev::Plaintext;
     use crate::codec::{Decoder, encode};
     use crate::message::{Body, MAX_PAYLOAD, Message, ReaderId};
-
-    #[test]
-    fn the_log_takes_so_many_lines() {
-        let mut now = Instant::now();
-        let mut lines = Lines::new(now);
-        let told = (0..1000).filter_map(|_| lines.next(now)).collect::<Vec<_>>();
-        assert_eq!(told.len(), 64);
-        assert!(told.iter().position(|end| !end.is_empty()) == Some(63), "{told:?}");
-        now += LINES.1;
-        assert!(lines.next(now).is_some() && lines.next(now).is_none());
-        now += 1000 * LINES.1;
-        assert_eq!((0..1000).filter_map(|_| lines.next(now)).count(), 64);
-    }
 
     /// Everything a client gets, until the host asks its card something.
     async fn command(stream: &mut UnixStream, decoder: &mut Decoder) -> Vec<u8> {

@@ -12,7 +12,9 @@ use crate::{
 ///
 /// The ATR becomes T=0 with the same historical bytes ([`Atr::t0`]). A command that has data but, as T=0 demands,
 /// no Le is given one, and the response waits for GET RESPONSE behind 61XX (ISO/IEC 7816-3 §12.2.1); a response
-/// longer than 256 bytes is handed out in the same way. 6CXX to an Le that was added here is answered here.
+/// longer than 256 bytes is handed out in the same way. 6CXX to an Le that was added here is answered here, and a card
+/// that finds the command too long with it (6700) gets it as it came. No Le is added to what never has response data: a
+/// command that compares or changes a PIN, which is not to be sent twice, and the pieces of a chain.
 /// A correct Le is never refused: what is shorter than Le is simply shorter.
 pub struct T0<S>(S);
 
@@ -37,9 +39,11 @@ impl<S: CardSource> CardSource for T0<S> {
     }
 
     async fn power_on(&self, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        let presence = self.0.presence();
         let card = self.0.power_on(insertion).await?;
         let atr = as_t0(card.atr());
-        Ok(Box::new(T0Card { card, atr, rest: Secret::default(), last: StatusWord::SUCCESS }))
+        let (rest, last) = (Secret::default(), StatusWord::SUCCESS);
+        Ok(Box::new(T0Card { card, atr, presence, insertion, rest, last }))
     }
 }
 
@@ -51,6 +55,8 @@ fn as_t0(atr: &Atr) -> Atr {
 struct T0Card {
     card: Box<dyn Card>,
     atr: Atr,
+    presence: PresenceWatch,
+    insertion: u64,
     /// Response bytes that GET RESPONSE has not fetched yet.
     rest: Secret,
     /// Status word that follows them.
@@ -70,12 +76,34 @@ impl T0Card {
     }
 }
 
-/// Instructions that never have response data; a card may refuse them with an Le.
+/// The even instructions of DISABLE and ENABLE VERIFICATION REQUIREMENT, UPDATE BINARY, PUT DATA and UPDATE RECORD
+/// (ISO/IEC 7816-4 §5.4.2).
+const DISABLE_VERIFICATION: u8 = 0x26;
+const ENABLE_VERIFICATION: u8 = 0x28;
+const UPDATE_BINARY: u8 = 0xD6;
+const PUT_DATA: u8 = 0xDA;
+const UPDATE_RECORD: u8 = 0xDC;
+
+/// Whether a command never has response data; a card may refuse it with an Le.
 fn has_no_response(command: &Command) -> bool {
-    matches!(
-        command.ins(),
-        ins::VERIFY | ins::CHANGE_REFERENCE_DATA | ins::RESET_RETRY_COUNTER | ins::PUT_DATA
-    )
+    let silent = matches!(
+        command.ins() & 0xFE,
+        ins::VERIFY
+            | ins::MANAGE_SECURITY_ENVIRONMENT
+            | ins::CHANGE_REFERENCE_DATA
+            | DISABLE_VERIFICATION
+            | ENABLE_VERIFICATION
+            | ins::RESET_RETRY_COUNTER
+            | UPDATE_BINARY
+            | PUT_DATA
+            | UPDATE_RECORD
+    );
+    // ISO/IEC 7816-4 §5.4.1; in a proprietary class the bit may mean anything. GSC-IS has its own, for SIGN/DECRYPT.
+    let piece = match command.ins() {
+        ins::SIGN_DECRYPT if command.p1() & 0x80 != 0 => true,
+        _ => command.cla() & 0x90 == 0x10,
+    };
+    silent || piece
 }
 
 #[async_trait]
@@ -86,7 +114,11 @@ impl Card for T0Card {
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
         if command.ins() == ins::GET_RESPONSE && !self.rest.is_empty() {
-            return Ok(self.next_part(command.le().unwrap_or(256)));
+            if self.presence.get().insertion() != Some(self.insertion) {
+                self.rest = Secret::default();
+                return Err(CardError::Removed);
+            }
+            return Ok(self.next_part(command.le().unwrap_or(256).min(256)));
         }
         self.rest = Secret::default();
         let data_only = matches!(command.case(), Case::C3Short | Case::C3Extended);
@@ -101,6 +133,7 @@ impl Card for T0Card {
                     let exact = if status.sw2() == 0 { 256 } else { status.sw2().into() };
                     self.card.transmit(&with_le(exact)?).await?
                 }
+                StatusWord::WRONG_LENGTH if response.data().is_empty() => self.card.transmit(command).await?,
                 _ => response,
             }
         } else {
@@ -159,12 +192,18 @@ mod tests {
         }
     }
 
-    async fn exchange(answers: &[&[u8]], commands: &[&[u8]]) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    fn present(insertion: u64) -> Presence {
+        Presence::Present { insertion, atr: Atr::t1(b"card").unwrap(), limits: Limits::EXTENDED }
+    }
+
+    fn source(answers: &[&[u8]]) -> (T0<ScriptSource>, Arc<Script>) {
         let script = Arc::new(Script::default());
         *script.answers.lock().unwrap() = answers.iter().map(|answer| answer.to_vec()).collect();
-        let present =
-            Presence::Present { insertion: 1, atr: Atr::t1(b"card").unwrap(), limits: Limits::EXTENDED };
-        let source = T0::new(ScriptSource(script.clone(), watch::channel(present).0));
+        (T0::new(ScriptSource(script.clone(), watch::channel(present(1)).0)), script)
+    }
+
+    async fn exchange(answers: &[&[u8]], commands: &[&[u8]]) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+        let (source, script) = source(answers);
         let Presence::Present { atr, limits, .. } = source.presence().get() else { panic!("absent") };
         assert_eq!(atr.to_string(), "3B84400163617264");
         assert_eq!(limits.response, 258);
@@ -225,5 +264,63 @@ mod tests {
         )
         .await;
         assert_eq!(got, [vec![0x61, 2], vec![0x6A, 0x82], vec![0x69, 0x85]]);
+    }
+    #[tokio::test]
+    async fn a_card_that_minds_the_le_gets_the_command_as_it_came() {
+        let command: &[u8] = &[0, 0x88, 0, 0, 1, 0xAA];
+        let (got, sent) =
+            exchange(&[&[0x67, 0], &[0x90, 0], &[0x67, 0], &[0x67, 0]], &[command, &[0, 0xE0, 0, 0, 1, 9]])
+                .await;
+        assert_eq!(got, [vec![0x90, 0], vec![0x67, 0]]);
+        let with_le = [command, &[0]].concat();
+        assert_eq!(sent, [&with_le, command, &[0, 0xE0, 0, 0, 1, 9, 0], &[0, 0xE0, 0, 0, 1, 9]]);
+    }
+
+    #[tokio::test]
+    async fn what_has_no_response_is_sent_once_and_as_it_came() {
+        let headers: [[u8; 4]; 14] = [
+            [0, 0x20, 0, 0x80],
+            [0, 0x21, 0, 0x80],
+            [0, 0x24, 0, 0x80],
+            [0, 0x26, 0, 0x80],
+            [0, 0x28, 0, 0x80],
+            [0, 0x2C, 0, 0x80],
+            [0, 0x22, 0x41, 0xB6],
+            [0, 0xD6, 0, 0],
+            [0, 0xDC, 1, 4],
+            [0, 0xDA, 0, 0x6E],
+            [0, 0xDB, 0x3F, 0xFF],
+            [0x10, 0x87, 0x07, 0x9A],
+            [0x10, 0x2A, 0x9E, 0x9A],
+            [0x80, 0x42, 0x80, 0],
+        ];
+        let commands: Vec<_> = headers.iter().map(|header| [&header[..], &[1, 0x31]].concat()).collect();
+        let commands: Vec<_> = commands.iter().map(Vec::as_slice).collect();
+        let (got, sent) = exchange(&[&[0x67, 0][..]; 14], &commands).await;
+        assert_eq!(got, [[0x67, 0]; 14]);
+        assert_eq!(sent, commands);
+    }
+
+    #[tokio::test]
+    async fn get_response_never_gives_more_than_256_bytes() {
+        let mut long = vec![7; 300];
+        long.extend_from_slice(&[0x90, 0]);
+        let (got, _) =
+            exchange(&[&long], &[&[0, 0xA4, 4, 0, 1, 9], &[0, 0xC0, 0, 0, 0, 0, 0], &[0, 0xC0, 0, 0, 44]])
+                .await;
+        assert_eq!(got[1], [&[7; 256][..], &[0x61, 44]].concat());
+        assert_eq!(got[2], [&[7; 44][..], &[0x90, 0]].concat());
+    }
+
+    #[tokio::test]
+    async fn what_a_removed_card_said_is_gone_with_it() {
+        let (source, _) = source(&[&[1, 2, 3, 0x90, 0]]);
+        let mut card = source.power_on(1).await.unwrap();
+        let select = Command::parse(&[0, 0xA4, 4, 0, 1, 9]).unwrap();
+        assert_eq!(card.transmit(&select).await.unwrap().as_bytes(), [0x61, 3]);
+        let get_response = Command::parse(&[0, 0xC0, 0, 0, 1]).unwrap();
+        assert_eq!(card.transmit(&get_response).await.unwrap().as_bytes(), [1, 0x61, 2]);
+        source.0.1.send_replace(present(2));
+        assert_eq!(card.transmit(&get_response).await.err(), Some(CardError::Removed));
     }
 }

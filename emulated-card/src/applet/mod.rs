@@ -10,7 +10,7 @@ pub(crate) mod piv;
 
 use vscard_protocol::{Command, Secret, StatusWord};
 
-use crate::card::{KeyWork, Random, Work};
+use crate::card::{Complaints, KeyWork, Random, Work};
 use crate::keys::writable::Writable;
 use crate::tlv;
 
@@ -44,10 +44,14 @@ pub(crate) struct Session<'a> {
     pub(crate) gathered: Secret,
     /// Where challenges come from.
     pub(crate) random: &'a mut Random,
+    /// Where to tell of what fails.
+    pub(crate) complaints: &'a Complaints,
     /// What was written to the card, of one that can be written to.
     pub(crate) memory: Option<&'a dyn Writable>,
     /// Who may do that.
     pub(crate) administrator: &'a mut piv::Administrator,
+    /// The authentication of an administrator that the command before this one began.
+    pub(crate) attempt: Option<piv::Attempt>,
 }
 
 /// What a command leads to.

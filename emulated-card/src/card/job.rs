@@ -1,8 +1,10 @@
 //! What blocks: PIN checks, private-key operations, what is written to the card.
 
-use std::sync::Arc;
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use vscard_protocol::{Secret, StatusWord};
+use vscard_protocol::{LogLines, Secret, StatusWord};
 
 use crate::applet::piv;
 use crate::keys::writable::{Writable, WriteError};
@@ -17,6 +19,7 @@ pub struct Job {
     pub(super) login: Option<Box<dyn Unlocked>>,
     pub(super) store: Arc<dyn KeyStore>,
     pub(super) reference: Arc<ReferenceData>,
+    pub(super) complaints: Complaints,
     pub(super) work: Work,
 }
 
@@ -71,45 +74,83 @@ pub(crate) enum KeyOperation {
     Ecdh,
 }
 
+/// What fails on a card, for the log. A guest can repeat the command as fast as it likes; the log is not to follow it.
+#[derive(Clone)]
+pub(crate) struct Complaints(Arc<Mutex<LogLines>>);
+
+impl Complaints {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Mutex::new(LogLines::new(Instant::now()))))
+    }
+
+    pub(crate) fn warn(&self, what: &str, error: impl Display) {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(end) = lines.next(Instant::now()) {
+            tracing::warn!(%error, "{what}{end}");
+        }
+    }
+
+    /// The status word of an error.
+    fn pin(&self, error: &PinError) -> StatusWord {
+        match error {
+            PinError::Wrong { left } => StatusWord::tries_left(*left),
+            PinError::Blocked => StatusWord::AUTHENTICATION_BLOCKED,
+            PinError::State(_) => {
+                self.warn("PIN check", error);
+                StatusWord::MEMORY_FAILURE
+            }
+            PinError::NotChecked(_) => {
+                self.warn("PIN check", error);
+                StatusWord::NO_DIAGNOSIS
+            }
+            PinError::NotSupported => StatusWord::CONDITIONS_NOT_SATISFIED,
+            PinError::Unfit(_) => StatusWord::INCORRECT_DATA,
+        }
+    }
+}
+
 type Login = Option<Box<dyn Unlocked>>;
 
 impl Job {
     /// Does the work, on the calling thread.
     pub fn run(self) -> Done {
-        let Self { epoch, login, store, reference, work } = self;
+        let Self { epoch, login, store, reference, complaints, work } = self;
         let fresh = matches!(work, Work::Verify(_));
         let (login, result) = match work {
             Work::TriesLeft => {
                 let status = match reference.tries_left() {
                     Ok(0) => StatusWord::AUTHENTICATION_BLOCKED,
                     Ok(left) => StatusWord::tries_left(left),
-                    Err(error) => pin_status(&error),
+                    Err(error) => complaints.pin(&error),
                 };
                 (login, Err(status))
             }
             Work::Verify(pin) => {
                 // A store ends an earlier login when it is unlocked, so that one must be gone before.
                 drop(login);
-                logged_in(reference.verify(&pin, &*store))
+                logged_in(&complaints, reference.verify(&pin, &*store))
             }
-            Work::Change { old, new } => {
-                drop(login);
-                logged_in(reference.change(&old, &new, &*store))
-            }
-            Work::ChangePuk { old, new } => (login, empty(reference.change_puk(&old, &new))),
+            Work::Change { old, new } => match reference.check_change(&new) {
+                Ok(()) => {
+                    drop(login);
+                    logged_in(&complaints, reference.change(&old, &new, &*store))
+                }
+                Err(refused) => (login, Err(complaints.pin(&refused))),
+            },
+            Work::ChangePuk { old, new } => (login, empty(&complaints, reference.change_puk(&old, &new))),
             Work::Unblock { puk, new } => match reference.unblock(&puk, &new) {
                 // SP 800-73-4 Part 2 §3.2.3: 63CX ends the PIN's security status. Success would not change it, but
                 // who was logged in knew the PIN that is no more.
-                compared @ (Ok(()) | Err(PinError::Wrong { .. })) => (None, empty(compared)),
-                refused => (login, empty(refused)),
+                compared @ (Ok(()) | Err(PinError::Wrong { .. })) => (None, empty(&complaints, compared)),
+                refused => (login, empty(&complaints, refused)),
             },
-            Work::Key(work) => work.run(login, &*store, &reference),
+            Work::Key(work) => work.run(login, &*store, &reference, &complaints),
             Work::Put { object, content } => {
                 let put = |memory: &dyn Writable| memory.put(object, content.expose());
-                (login, write(&*store, put).map(|()| Secret::default()))
+                (login, write(&complaints, &*store, put).map(|()| Secret::default()))
             }
             Work::Generate { slot, kind } => {
-                let key = write(&*store, |memory| memory.generate(slot, kind));
+                let key = write(&complaints, &*store, |memory| memory.generate(slot, kind));
                 (login, key.map(|key| piv::public_key(&key)))
             }
         };
@@ -123,9 +164,10 @@ impl KeyWork {
         login: Login,
         store: &dyn KeyStore,
         reference: &ReferenceData,
+        complaints: &Complaints,
     ) -> (Login, Result<Secret, StatusWord>) {
         if let Some(login) = login {
-            let (result, goes_on) = self.run_with(&*login);
+            let (result, goes_on) = self.run_with(&*login, complaints);
             return (goes_on.then_some(login), result);
         }
         if self.needs_pin {
@@ -133,16 +175,16 @@ impl KeyWork {
         }
         let result = match reference.without_pin(store) {
             // For this one operation: the PIN is not verified by it.
-            Ok(login) => self.run_with(&*login).0,
+            Ok(login) => self.run_with(&*login, complaints).0,
             // The store is behind the PIN itself, so here this key is, too.
             Err(PinError::NotSupported) => Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED),
-            Err(error) => Err(pin_status(&error)),
+            Err(error) => Err(complaints.pin(&error)),
         };
         (None, result)
     }
 
     /// The response data, and whether the login is still one.
-    fn run_with(&self, login: &dyn Unlocked) -> (Result<Secret, StatusWord>, bool) {
+    fn run_with(&self, login: &dyn Unlocked, complaints: &Complaints) -> (Result<Secret, StatusWord>, bool) {
         let input = self.input.expose();
         let result = match self.operation {
             KeyOperation::RsaRaw => login.rsa_raw(self.key, input),
@@ -154,7 +196,7 @@ impl KeyWork {
             Err(KeyError::Block) => (Err(StatusWord::INCORRECT_DATA), true),
             Err(KeyError::LoggedOut) => (Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED), false),
             Err(error @ KeyError::Failed(_)) => {
-                tracing::warn!(%error, "private key");
+                complaints.warn("private key", error);
                 (Err(StatusWord::NO_DIAGNOSIS), true)
             }
         }
@@ -162,12 +204,13 @@ impl KeyWork {
 }
 
 fn write<T>(
+    complaints: &Complaints,
     store: &dyn KeyStore,
     write: impl FnOnce(&dyn Writable) -> Result<T, WriteError>,
 ) -> Result<T, StatusWord> {
     let memory = store.writable().ok_or(StatusWord::INS_NOT_SUPPORTED)?;
     write(memory).map_err(|error| {
-        tracing::warn!(%error, "nothing was written to the card");
+        complaints.warn("nothing was written to the card", &error);
         match error {
             WriteError::Key(_) => StatusWord::NO_DIAGNOSIS,
             WriteError::Storage(_) => StatusWord::MEMORY_FAILURE,
@@ -175,30 +218,16 @@ fn write<T>(
     })
 }
 
-fn logged_in(result: Result<Box<dyn Unlocked>, PinError>) -> (Login, Result<Secret, StatusWord>) {
+fn logged_in(
+    complaints: &Complaints,
+    result: Result<Box<dyn Unlocked>, PinError>,
+) -> (Login, Result<Secret, StatusWord>) {
     match result {
         Ok(login) => (Some(login), Ok(Secret::default())),
-        Err(error) => (None, Err(pin_status(&error))),
+        Err(error) => (None, Err(complaints.pin(&error))),
     }
 }
 
-fn empty(result: Result<(), PinError>) -> Result<Secret, StatusWord> {
-    result.map(|()| Secret::default()).map_err(|error| pin_status(&error))
-}
-
-fn pin_status(error: &PinError) -> StatusWord {
-    match error {
-        PinError::Wrong { left } => StatusWord::tries_left(*left),
-        PinError::Blocked => StatusWord::AUTHENTICATION_BLOCKED,
-        PinError::State(_) => {
-            tracing::warn!(%error, "PIN check");
-            StatusWord::MEMORY_FAILURE
-        }
-        PinError::NotChecked(_) => {
-            tracing::warn!(%error, "PIN check");
-            StatusWord::NO_DIAGNOSIS
-        }
-        PinError::NotSupported => StatusWord::CONDITIONS_NOT_SATISFIED,
-        PinError::Unfit(_) => StatusWord::INCORRECT_DATA,
-    }
+fn empty(complaints: &Complaints, result: Result<(), PinError>) -> Result<Secret, StatusWord> {
+    result.map(|()| Secret::default()).map_err(|error| complaints.pin(&error))
 }

@@ -283,13 +283,21 @@ impl ReferenceData {
         new: &Secret,
         store: &dyn KeyStore,
     ) -> Result<Box<dyn Unlocked>, PinError> {
+        self.check_change(new)?;
         let Kind::Card { place, store_password } = &self.kind else { return Err(PinError::NotSupported) };
-        check_card_pin(new)?;
         self.count(&mut *place.lock()?, PIN, |contents| {
             compare(contents.pin.as_ref(), old)?;
             contents.pin = Some(PinHash::of(new, place.cost()).map_err(Failure::NotChecked)?);
             unlock_by_host(store, store_password).map_err(Failure::NotChecked)
         })
+    }
+
+    /// Whether [`change`](Self::change) to `new` would compare anything.
+    pub(crate) fn check_change(&self, new: &Secret) -> Result<(), PinError> {
+        match &self.kind {
+            Kind::Card { .. } => Ok(check_card_pin(new)?),
+            _ => Err(PinError::NotSupported),
+        }
     }
 
     /// CHANGE REFERENCE DATA for the PUK: compares `old` with a counter of its own, and makes `new` the PUK.

@@ -23,7 +23,7 @@ const CLIENT: [ObjectIdentifier; 3] = [
 /// What a key is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// The card proves itself, without its holder.
+    /// The card proves itself, without its holder, and the key is for nothing else.
     CardAuthentication,
     /// The holder proves who he is.
     Authenticate,
@@ -45,11 +45,11 @@ pub(super) fn purpose(der: &[u8]) -> Purpose {
         .and_then(|value| ExtendedKeyUsage::from_der(value).ok())
         .map(|usage| usage.0)
         .unwrap_or_default();
-    if extended.contains(&CARD_AUTHENTICATION) {
-        return Purpose::CardAuthentication;
-    }
-    let Some(usage) = find(KEY_USAGE).and_then(|value| KeyUsage::from_der(value).ok()) else {
-        return Purpose::Any;
+    let card_alone = extended == [CARD_AUTHENTICATION];
+    let usage = match find(KEY_USAGE).map(KeyUsage::from_der) {
+        Some(Ok(usage)) => usage,
+        None if card_alone => return Purpose::CardAuthentication,
+        None | Some(Err(_)) => return Purpose::Any,
     };
     let has = |wanted: KeyUsages| usage.0.contains(wanted);
     let signs = has(KeyUsages::DigitalSignature);
@@ -57,6 +57,10 @@ pub(super) fn purpose(der: &[u8]) -> Purpose {
         has(KeyUsages::KeyEncipherment) || has(KeyUsages::KeyAgreement) || has(KeyUsages::DataEncipherment);
     let authenticates = signs && extended.iter().any(|oid| CLIENT.contains(oid));
     let commits = has(KeyUsages::NonRepudiation) || (signs && extended.contains(&EMAIL_PROTECTION));
+    // Such a key works without the PIN: not one that the holder is to use for anything else.
+    if card_alone && signs && !commits && !encrypts {
+        return Purpose::CardAuthentication;
+    }
     match (authenticates, commits, signs, encrypts) {
         (true, false, _, _) => Purpose::Authenticate,
         (false, true, _, _) => Purpose::Commit,

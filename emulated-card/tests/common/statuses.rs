@@ -29,7 +29,7 @@ pub(crate) const STATUSES: &[(&str, &str, &str)] = &[
     ("PIV", "other command", "6D00"),
     ("writable", "GET DATA", "9000 61XX 6982 6A82"),
     ("writable", "VERIFY", "9000 63CX"),
-    ("writable", "GENERAL AUTHENTICATE", "9000 61XX 6982 6985 6A80 6A86 6A88"),
+    ("writable", "GENERAL AUTHENTICATE", "9000 61XX 6700 6982 6985 6A80 6A86 6A88"),
     ("writable", "PUT DATA", "9000 6700 6982 6A80 6A81 6A86"),
     ("writable", "GENERATE ASYMMETRIC KEY PAIR", "9000 6982 6A80 6A86"),
     ("CAC", "VERIFY", "9000 63CX 6581 6700 6983 6A80 6A86 6F00"),

@@ -22,10 +22,10 @@ use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::Instrument;
 use tracing_subscriber::filter::LevelFilter;
-use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
-use vscard_protocol::passthru::{Lines, PassthruCard};
+use vscard_protocol::passthru::PassthruCard;
 use vscard_protocol::trace::Traced;
+use vscard_protocol::{CardSource, LogLines};
 
 use crate::control::{Control, Running};
 use crate::spec::{CardKind, CardSpec, ReaderSpec};
@@ -332,7 +332,7 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
         tellers.push(tokio::spawn(async move {
-            let mut lines = Lines::new(Instant::now());
+            let mut lines = LogLines::new(Instant::now());
             while let Some(event) = told.recv().await {
                 if let Some(end) = lines.next(Instant::now()) {
                     tracing::info!("reader {number}: {event}{end}");

@@ -1,11 +1,12 @@
 //! Authentication by the card management key, 9B (SP 800-73-4 Part 2 §3.2.4, appendix A.1): who knows it may write.
 
-use vscard_protocol::{Secret, StatusWord};
+use vscard_protocol::apdu::ins;
+use vscard_protocol::{Command, Secret, StatusWord};
 
-use super::authenticate::{Template, response};
+use super::authenticate::{CARD_MANAGEMENT, Template, response};
 use crate::applet::Outcome;
 use crate::card::Random;
-use crate::keys::writable::{ManagementAlgorithm, Writable};
+use crate::keys::writable::ManagementAlgorithm;
 use crate::tlv::ber;
 
 /// How far the authentication of the card's administrator is.
@@ -20,7 +21,8 @@ pub(crate) enum Administrator {
     Authenticated,
 }
 
-/// An authentication that was begun. It is taken by whatever command comes next.
+/// An authentication that was begun. It is taken by whatever command comes next, and goes on only where that fetches
+/// the rest of an answer or is a piece of the host's.
 pub(crate) struct Attempt {
     kind: Kind,
     algorithm: ManagementAlgorithm,
@@ -48,26 +50,37 @@ impl Administrator {
         }
     }
 
+    /// Goes on with an attempt that was taken, if there is one.
+    pub(crate) fn resume(&mut self, attempt: Option<Attempt>) {
+        if let Some(attempt) = attempt {
+            *self = Self::Begun(attempt);
+        }
+    }
+
     pub(crate) fn is_authenticated(&self) -> bool {
         matches!(self, Self::Authenticated)
     }
 }
 
-/// GENERAL AUTHENTICATE with the key of a card that has one. `attempt` is what the command before began.
+impl Attempt {
+    /// Whether a command is what ends it, or a piece of that.
+    pub(crate) fn is_answered_by(&self, command: &Command) -> bool {
+        command.ins() == ins::GENERAL_AUTHENTICATE
+            && command.p2() == CARD_MANAGEMENT
+            && ManagementAlgorithm::of_identifier(command.p1()) == Some(self.algorithm)
+    }
+}
+
+/// GENERAL AUTHENTICATE with the key of a card that has one. `attempt` is what the command before began,
+/// `encrypted` makes of a block what the key does.
 pub(super) fn authenticate(
     algorithm: ManagementAlgorithm,
     template: &Template<'_>,
     attempt: Option<Attempt>,
-    memory: &dyn Writable,
+    encrypted: impl Fn(&[u8]) -> Result<Secret, StatusWord>,
     administrator: &mut Administrator,
     random: &mut Random,
 ) -> Outcome {
-    let encrypted = |block: &[u8]| {
-        memory.encrypt(block).map_err(|error| {
-            tracing::warn!(%error, "card management key");
-            StatusWord::NO_DIAGNOSIS
-        })
-    };
     let mut block = vec![0; algorithm.block_len()];
     let (kind, answer, challenge) = match *template {
         // 7C {81 00}: a challenge, please; 7C {80 00}: a witness.

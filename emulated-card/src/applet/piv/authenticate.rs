@@ -2,7 +2,7 @@
 
 use vscard_protocol::{Command, Secret, StatusWord};
 
-use super::admin::{self, Attempt};
+use super::admin;
 use super::{Key, Piv};
 use crate::applet::{Outcome, Session};
 use crate::card::{KeyOperation, KeyWork};
@@ -12,7 +12,7 @@ use crate::slot::PivSlot;
 use crate::tlv::{ber, put_ber_header, read_ber};
 
 /// Key reference of the card management key.
-const CARD_MANAGEMENT: u8 = 0x9B;
+pub(super) const CARD_MANAGEMENT: u8 = 0x9B;
 
 /// All algorithm identifiers there are, whether or not the card has such a key: SP 800-78-5 table 9 and 3072, 4096 bits.
 const ALGORITHMS: [u8; 11] = [0x00, 0x03, 0x05, 0x06, 0x07, 0x08, 0x0A, 0x0C, 0x11, 0x14, 0x16];
@@ -54,8 +54,6 @@ impl Piv {
     /// P1 is the algorithm, P2 the key.
     pub(super) fn general_authenticate(&self, command: &Command, session: Session<'_>) -> Outcome {
         let (algorithm, reference) = (command.p1(), command.p2());
-        // Nor does an authentication go on after this.
-        let attempt = session.administrator.take_attempt();
         // Whatever comes of this command, the PIN was for it.
         let fresh = if reference == PivSlot::SIGNATURE.reference() {
             std::mem::take(session.fresh)
@@ -66,7 +64,7 @@ impl Piv {
             return StatusWord::INCORRECT_P1P2.into();
         }
         if reference == CARD_MANAGEMENT {
-            return card_management(command, attempt, session);
+            return card_management(command, session);
         }
         let Some(key) = PivSlot::of_reference(reference).and_then(|slot| self.key(slot, session.memory))
         else {
@@ -92,8 +90,8 @@ impl Piv {
 
 /// What concerns the card management key. On a card that has none, or one of another algorithm, nothing can come of
 /// it, but OpenSC takes the challenges that are for Triple DES as random numbers.
-fn card_management(command: &Command, attempt: Option<Attempt>, session: Session<'_>) -> Outcome {
-    let Session { memory, administrator, random, .. } = session;
+fn card_management(command: &Command, session: Session<'_>) -> Outcome {
+    let Session { memory, administrator, attempt, random, complaints, .. } = session;
     let Some(algorithm) = ManagementAlgorithm::of_identifier(command.p1()) else {
         return StatusWord::REFERENCE_NOT_FOUND.into();
     };
@@ -101,7 +99,13 @@ fn card_management(command: &Command, attempt: Option<Attempt>, session: Session
     let memory = memory.filter(|memory| memory.management() == Some(algorithm));
     match (memory, template) {
         (Some(memory), Some(template)) => {
-            admin::authenticate(algorithm, &template, attempt, memory, administrator, random)
+            let encrypt = |block: &[u8]| {
+                memory.encrypt(block).map_err(|error| {
+                    complaints.warn("card management key", error);
+                    StatusWord::NO_DIAGNOSIS
+                })
+            };
+            admin::authenticate(algorithm, &template, attempt, encrypt, administrator, random)
         }
         (None, _) if algorithm != ManagementAlgorithm::TripleDes => StatusWord::REFERENCE_NOT_FOUND.into(),
         (
@@ -135,8 +139,9 @@ impl Key {
                 (KeyKind::Ec(_), Some(digest), None) if (1..=length).contains(&digest.len()) => {
                     (KeyOperation::Ecdsa, digest, signature)
                 }
+                // 9E would agree on a secret with whoever asks.
                 (KeyKind::Ec(_), None, Some(point @ [0x04, coordinates @ ..]))
-                    if coordinates.len() == 2 * length =>
+                    if coordinates.len() == 2 * length && self.manages_keys() =>
                 {
                     (KeyOperation::Ecdh, point, response)
                 }
@@ -144,6 +149,11 @@ impl Key {
             };
         let needs_pin = self.slot != PivSlot::CARD_AUTHENTICATION;
         Some(KeyWork { key: self.index, operation, input: Secret::from(input), needs_pin, reply })
+    }
+
+    /// Whether it is one of the keys that ECDH is for (SP 800-73-4 Part 2 §3.2.4).
+    fn manages_keys(&self) -> bool {
+        self.slot == PivSlot::KEY_MANAGEMENT || self.slot.retired().is_some()
     }
 }
 

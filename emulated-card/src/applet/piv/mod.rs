@@ -19,7 +19,7 @@ use crate::keys::{Certificate, Curve, KeyKind};
 use crate::slot::PivSlot;
 use crate::state::CardId;
 use crate::tlv::{self, ber};
-pub(crate) use admin::Administrator;
+pub(crate) use admin::{Administrator, Attempt};
 use object::Object;
 pub(crate) use write::public_key;
 
