@@ -6,7 +6,8 @@
 //! # What sharing means
 //! The card stays available to the host's programs. What one exchange of the guest consists of (SELECT, VERIFY,
 //! a chained command, GET RESPONSE) is kept together in a PC/SC transaction, which lasts until the guest is idle
-//! for half a second, five seconds at most; then the host's programs have their turn. The card is reset before the first command of a session and, if the
+//! for half a second, five seconds at most (a PIN that is just asked about is awaited for half a second more); then
+//! the host's programs have their turn. The card is reset before the first command of a session and, if the
 //! guest sent any, when the session ends: a guest finds no PIN verified by another, and leaves none behind. In
 //! between, a card knows no programs: while the guest is idle, a PIN it verified is verified for the host's
 //! programs too, and the other way round. Whoever does not want that takes the card alone

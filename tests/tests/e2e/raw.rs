@@ -262,6 +262,34 @@ async fn what_is_verified_ends_with_a_reset_and_no_card_is_reset_for_nothing() -
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_that_is_gone_has_sent_does_not_reach_the_card() -> Result<()> {
+    let name = "raw::what_a_guest_that_is_gone_has_sent_does_not_reach_the_card";
+    let Some(pcscd) = Pcscd::inside(name).await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
+    let virtual_card = VirtualCard::insert(t1(b"gone").as_bytes()).await?;
+    let source = open(false)?;
+    let insertion = present(&mut source.presence(), &t1(b"gone")).await?;
+    for used in [false, true] {
+        let mut powered = source.power_on(insertion).await?;
+        if used {
+            ensure!(ask(&mut powered, QUESTION).await? == [0x63, 0xC3]);
+        }
+        let mut other = program(ShareMode::Shared)?;
+        let transaction = other.transaction()?;
+        // Long enough for it to wait for the other program.
+        let sent = tokio::time::timeout(Duration::from_millis(300), ask(&mut powered, VERIFY)).await;
+        ensure!(sent.is_err());
+        drop(powered);
+        transaction.end(Disposition::LeaveCard).map_err(|(_, error)| error)?;
+        let mut powered = source.power_on(insertion).await?;
+        ensure!(ask(&mut powered, QUESTION).await? == [0x63, 0xC3]);
+    }
+    let seen = virtual_card.seen.lock().expect("no panic");
+    ensure!(seen.commands.iter().all(|command| command == QUESTION), "{:02X?}", seen.commands);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_card_can_be_taken_alone() -> Result<()> {
     let Some(pcscd) = Pcscd::inside("raw::a_card_can_be_taken_alone").await? else { return Ok(()) };
     pcscd.start_daemon().await?;
