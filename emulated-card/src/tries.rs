@@ -1,16 +1,16 @@
 //! A guest does not spend the last PIN try of a card that matters.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use vscard_protocol::apdu::ins;
-use vscard_protocol::{Atr, Card, CardError, CardSource, Case, Command, PresenceWatch, Response, StatusWord};
+use vscard_protocol::{
+    Atr, Card, CardError, CardSource, Case, Command, LogLines, PresenceWatch, Response, StatusWord,
+};
 
 /// Tries that a card is taken to have which tells nobody.
 const UNTOLD: u8 = 3;
-/// A guest can have its PINs refused in a loop: of that a line is logged this often.
-const LINE: Duration = Duration::from_secs(60);
 
 /// A source whose cards keep the last tries of each PIN.
 ///
@@ -42,8 +42,7 @@ pub struct KeepTries<S> {
 struct Counted {
     atr: Option<Atr>,
     bounds: Bounds,
-    /// When a refusal was last logged.
-    logged: Option<Instant>,
+    lines: LogLines,
 }
 
 /// No reference that the card tells nothing of has fewer tries than the least of these that concern it.
@@ -58,17 +57,16 @@ struct Bounds {
     session: u8,
 }
 
-impl Default for Counted {
-    fn default() -> Self {
-        let bounds = Bounds { told: [None; 256], untold: UNTOLD, session: u8::MAX };
-        Self { atr: None, bounds, logged: None }
-    }
+impl Bounds {
+    /// Of a card that is seen for the first time.
+    const UNKNOWN: Self = Self { told: [None; 256], untold: UNTOLD, session: u8::MAX };
 }
 
 impl<S: CardSource> KeepTries<S> {
     /// Wraps `source`, whose cards keep `keep` tries of each PIN; with 0, nothing is watched.
     pub fn new(source: S, keep: u8) -> Self {
-        Self { source, keep, counted: Arc::default() }
+        let counted = Counted { atr: None, bounds: Bounds::UNKNOWN, lines: LogLines::new(Instant::now()) };
+        Self { source, keep, counted: Arc::new(Mutex::new(counted)) }
     }
 }
 
@@ -85,8 +83,8 @@ impl<S: CardSource> CardSource for KeepTries<S> {
         }
         let mut counted = lock(&self.counted);
         if counted.atr.as_ref() != Some(card.atr()) {
-            let logged = counted.logged;
-            *counted = Counted { atr: Some(card.atr().clone()), logged, ..Counted::default() };
+            counted.atr = Some(card.atr().clone());
+            counted.bounds = Bounds::UNKNOWN;
         }
         counted.bounds.session = u8::MAX;
         drop(counted);
@@ -274,12 +272,9 @@ impl KeepingCard {
 
 impl Counted {
     fn log_refusal(&mut self, command: &Command, left: u8, keep: u8) {
-        if self.logged.is_some_and(|logged| logged.elapsed() < LINE) {
-            return;
-        }
-        self.logged = Some(Instant::now());
+        let Some(end) = self.lines.next(Instant::now()) else { return };
         tracing::warn!(
-            "refused {} of {:02X}: tries left: {left}, kept from the guest: {keep}",
+            "refused {} of {:02X}: tries left: {left}, kept from the guest: {keep}{end}",
             ins::name(command.ins())
                 .map_or_else(|| format!("instruction {:02X}", command.ins()), String::from),
             command.p2(),

@@ -478,7 +478,14 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let class = prop_oneof![8 => Just(0u8), 2 => Just(1), 1 => Just(0x80), 1 => Just(0x10), 1 => Just(0x0C), 1 => any::<u8>()];
+    let class = prop_oneof![
+        8 => Just(0u8),
+        2 => Just(1),
+        1 => Just(0x80),
+        1 => Just(0x10),
+        1 => Just(0x0C),
+        1 => any::<u8>(),
+    ];
     let instruction = prop_oneof![
         6 => Just(0x20u8),
         1 => Just(0x21),
