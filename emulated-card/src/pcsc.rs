@@ -6,7 +6,8 @@
 //! # What sharing means
 //! The card stays available to the host's programs. What one exchange of the guest consists of (SELECT, VERIFY,
 //! a chained command, GET RESPONSE) is kept together in a PC/SC transaction, which lasts until the guest is idle
-//! for half a second, five seconds at most; then the host's programs have their turn. The card is reset before the first command of a session and, if the
+//! for half a second, five seconds at most (a PIN that is just asked about is awaited for half a second more); then
+//! the host's programs have their turn. The card is reset before the first command of a session and, if the
 //! guest sent any, when the session ends: a guest finds no PIN verified by another, and leaves none behind. In
 //! between, a card knows no programs: while the guest is idle, a PIN it verified is verified for the host's
 //! programs too, and the other way round. Whoever does not want that takes the card alone
@@ -79,6 +80,8 @@ struct Shared {
 struct State {
     /// The card that is in.
     inserted: Option<Inserted>,
+    /// The card that is in, but whose reader has not yet said what it carries.
+    coming: Option<Place>,
     /// The number of the last insertion.
     insertions: u64,
     session: Option<Session>,
@@ -222,28 +225,44 @@ impl Shared {
     }
 
     /// A card is in; `limits` are asked for if it was not before.
-    fn seen(&self, place: Place, atr: Atr, limits: impl FnOnce() -> Limits) {
-        if self.lock().inserted.as_ref().is_some_and(|inserted| inserted.place == place) {
+    ///
+    /// That waits for a program that has a transaction with the card, so it is done by a thread of its own: the
+    /// card may go meanwhile.
+    fn seen(self: &Arc<Self>, place: Place, atr: Atr, limits: impl FnOnce() -> Limits + Send + 'static) {
+        let mut state = self.lock();
+        let known = state.inserted.as_ref().map(|inserted| &inserted.place).or(state.coming.as_ref());
+        if known == Some(&place) {
             return;
         }
-        // Asking the reader takes a while, and the removal of the card before need not wait for it.
-        self.remove(&mut self.lock());
-        let limits = limits();
-        let mut state = self.lock();
-        if !state.closed {
-            self.insert(&mut state, place, atr, limits);
+        self.remove(&mut state);
+        state.coming = Some(place.clone());
+        drop(state);
+        let shared = Arc::clone(self);
+        let asking = std::thread::Builder::new().name("pcsc limits".into()).spawn(move || {
+            let limits = limits();
+            let mut state = shared.lock();
+            if !state.closed && state.coming.as_ref() == Some(&place) {
+                shared.insert(&mut state, place, atr, limits);
+                shared.changed.notify_all();
+            }
+        });
+        if let Err(error) = asking {
+            tracing::error!("the card cannot be used: {error}");
+            self.lock().coming = None;
         }
     }
 
     fn insert(&self, state: &mut State, place: Place, atr: Atr, limits: Limits) {
         state.insertions += 1;
         let insertion = state.insertions;
+        state.coming = None;
         state.inserted = Some(Inserted { insertion, place, limits });
         self.presence.send_replace(Presence::Present { insertion, atr, limits });
     }
 
     fn remove(&self, state: &mut State) {
         self.end_session(state);
+        state.coming = None;
         if state.inserted.take().is_some() {
             self.presence.send_replace(Presence::Absent);
         }

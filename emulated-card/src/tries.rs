@@ -1,62 +1,72 @@
 //! A guest does not spend the last PIN try of a card that matters.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use vscard_protocol::apdu::ins;
-use vscard_protocol::{Atr, Card, CardError, CardSource, Case, Command, PresenceWatch, Response, StatusWord};
+use vscard_protocol::{
+    Atr, Card, CardError, CardSource, Case, Command, LogLines, PresenceWatch, Response, StatusWord,
+};
 
 /// Tries that a card is taken to have which tells nobody.
 const UNTOLD: u8 = 3;
 
 /// A source whose cards keep the last tries of each PIN.
 ///
-/// Watched are the commands that compare reference data, under any class: VERIFY, CHANGE REFERENCE DATA, ENABLE
-/// and DISABLE VERIFICATION REQUIREMENT, RESET RETRY COUNTER (ISO/IEC 7816-4 §11.6). Before one of the first four
-/// goes to the card, the card is asked with an empty VERIFY how many tries are left (63CX); if these are no more
-/// than are to be kept, the command is answered 6983 here. What a card does not tell that way (the tries of a
-/// PUK, of a PIN that is verified) is counted: it is taken to be three, then what the card said of the last
-/// failure, and is not taken to be more after a success. The exception is a PIN that was not verified when last asked
-/// about and now is: whoever verified it, a program that shares the card for instance, gave it all its tries back, three at least.
+/// Watched are the commands that compare reference data: VERIFY, CHANGE REFERENCE DATA, ENABLE and DISABLE
+/// VERIFICATION REQUIREMENT, RESET RETRY COUNTER (ISO/IEC 7816-4 §11.6). Before one of the first four goes to the
+/// card, the card is asked with an empty VERIFY how many tries are left (63CX). If these are no more than are to be
+/// kept, the command is answered 6983 here.
+///
+/// The tries of a PIN that is verified, of a PUK and of whatever else the card does not tell are counted, all
+/// together: they are taken to be three when the card is first seen, never more later, and no more than what the
+/// card told last of any reference, which may be another name of the same PIN. Left out is what it told of the PIN
+/// that a RESET RETRY COUNTER gives its tries back, and a PIN that is blocked already. If a PIN that is verified
+/// might have too few by that, it is made unverified (VERIFY with P1 = FF) and asked about again.
 ///
 /// What would hide the comparison is refused: secure messaging (6882), chaining (6884, and 6883 while a chain of
-/// another command is open), forms of VERIFY that are neither a comparison nor a question (6700), and ENVELOPE
-/// (6D00). Commands of a card's own that compare a PIN
-/// under another instruction are not known here.
+/// another command is open), classes of which ISO/IEC 7816-4 does not say to which channel they go (6E00), forms of
+/// VERIFY that are neither a comparison nor a question (6700), and ENVELOPE (6D00). Commands of a card's own that
+/// compare a PIN under another instruction are not known here.
+///
+/// Counts are kept with the ATR: a card that is swapped for another one of the same kind hands them on. They begin
+/// anew with this object.
 pub struct KeepTries<S> {
     source: S,
     keep: u8,
     counted: Arc<Mutex<Counted>>,
 }
 
-/// What is known of the tries that the card does not tell. It outlives sessions, as the card's counters do, and
-/// ends with another kind of card.
+/// What is known of tries. It outlives sessions, as the card's counters do, and ends with another kind of card.
 struct Counted {
     atr: Option<Atr>,
-    /// By P2, of those references that have told them.
-    told: [Option<Told>; 256],
-    /// Of all the others together.
-    untold: u8,
+    bounds: Bounds,
+    lines: LogLines,
 }
 
-/// The tries of a reference.
+/// No reference that the card tells nothing of has fewer tries than the least of these that concern it.
 #[derive(Clone, Copy)]
-struct Told {
-    left: u8,
-    /// It was not verified when last asked about.
-    unverified: bool,
+struct Bounds {
+    /// What the card told last, by P2.
+    told: [Option<u8>; 256],
+    /// Of all that is not told together.
+    untold: u8,
+    /// The fewest that a comparison of this session has left. Whatever is verified had all its tries at some time
+    /// since the card was powered up, and what P2 means may have changed since it was asked about.
+    session: u8,
 }
 
-impl Default for Counted {
-    fn default() -> Self {
-        Self { atr: None, told: [None; 256], untold: UNTOLD }
-    }
+impl Bounds {
+    /// Of a card that is seen for the first time.
+    const UNKNOWN: Self = Self { told: [None; 256], untold: UNTOLD, session: u8::MAX };
 }
 
 impl<S: CardSource> KeepTries<S> {
     /// Wraps `source`, whose cards keep `keep` tries of each PIN; with 0, nothing is watched.
     pub fn new(source: S, keep: u8) -> Self {
-        Self { source, keep, counted: Arc::default() }
+        let counted = Counted { atr: None, bounds: Bounds::UNKNOWN, lines: LogLines::new(Instant::now()) };
+        Self { source, keep, counted: Arc::new(Mutex::new(counted)) }
     }
 }
 
@@ -73,15 +83,12 @@ impl<S: CardSource> CardSource for KeepTries<S> {
         }
         let mut counted = lock(&self.counted);
         if counted.atr.as_ref() != Some(card.atr()) {
-            *counted = Counted { atr: Some(card.atr().clone()), ..Counted::default() };
+            counted.atr = Some(card.atr().clone());
+            counted.bounds = Bounds::UNKNOWN;
         }
+        counted.bounds.session = u8::MAX;
         drop(counted);
-        Ok(Box::new(KeepingCard {
-            card,
-            keep: self.keep,
-            counted: Arc::clone(&self.counted),
-            chaining: false,
-        }))
+        Ok(Box::new(KeepingCard { card, keep: self.keep, counted: Arc::clone(&self.counted), chaining: 0 }))
     }
 }
 
@@ -89,9 +96,9 @@ struct KeepingCard {
     card: Box<dyn Card>,
     keep: u8,
     counted: Arc<Mutex<Counted>>,
-    /// The last command that went to the card announced more of it. Not every card minds that the next one is
-    /// another command: it might take an empty VERIFY for the end of what it has.
-    chaining: bool,
+    /// One bit for each logical channel whose last command announced more of it. Not every card minds that the
+    /// next one is another command, nor knows of channels: it might take an empty VERIFY for the end of what it has.
+    chaining: u32,
 }
 
 /// 6883: the last command of a chain is expected (ISO/IEC 7816-4 §5.6).
@@ -106,9 +113,9 @@ enum Kind {
     /// Nothing to compare: an empty VERIFY is a question.
     Empty,
     /// Compares the reference data of P2, which can be asked about on that channel.
-    Compares { class: u8 },
-    /// Compares something that cannot be asked about.
-    ComparesOther,
+    Reference { class: u8 },
+    /// Compares the resetting code of what P2 refers to, which cannot be asked about.
+    ResettingCode,
 }
 
 /// ENABLE and DISABLE VERIFICATION REQUIREMENT, and the odd instructions of all (ISO/IEC 7816-4 §11.6).
@@ -127,11 +134,12 @@ impl Kind {
             | ENABLE_VERIFICATION => {}
             _ => return Self::Other,
         }
-        // ISO/IEC 7816-4 §5.4.1: first interindustry, further interindustry, proprietary values of CLA. Those of
-        // the last kind that are in use keep the bits of the first.
+        // ISO/IEC 7816-4 §5.4.1: first interindustry, further interindustry, proprietary values of CLA. Some of
+        // the last kind keep the bits of the first; GlobalPlatform's from C0 on mean the channels of the second.
         let (channel, secure, chained) = match class {
+            0x00..=0x1F | 0x80..=0x9F => (class & 0x03, class & 0x0C != 0, class & 0x10 != 0),
             0x40..=0x7F => (0x40 | class & 0x0F, class & 0x20 != 0, class & 0x10 != 0),
-            _ => (class & 0x03, class & 0x0C != 0, class & 0x10 != 0),
+            _ => return Self::Refused(StatusWord::CLA_NOT_SUPPORTED),
         };
         if chained {
             Self::Refused(StatusWord::CHAINING_NOT_SUPPORTED)
@@ -145,47 +153,56 @@ impl Kind {
                 _ => Self::Refused(StatusWord::WRONG_LENGTH),
             }
         } else if instruction == ins::RESET_RETRY_COUNTER {
-            Self::ComparesOther
+            Self::ResettingCode
         } else {
-            Self::Compares { class: channel }
+            Self::Reference { class: channel }
         }
     }
 }
 
-/// Which counter a comparison spends of.
+/// One bit, for the logical channel of a class.
+fn channel(class: u8) -> u32 {
+    1 << if class & 0x40 == 0 { class & 0x03 } else { 4 + (class & 0x0F) }
+}
+
+/// What a comparison is of.
 #[derive(Clone, Copy)]
-enum Counter {
+enum Compared {
+    /// A reference whose tries the card has just told.
     Told(u8),
+    /// Another one.
     Untold,
+    /// The resetting code of that reference: it has tries of its own, or it would be of no use.
+    ResettingCode(u8),
 }
 
-impl Counted {
-    fn left(&mut self, counter: Counter) -> &mut u8 {
-        match counter {
-            Counter::Told(reference) => {
-                let told = Told { left: UNTOLD, unverified: false };
-                &mut self.told[usize::from(reference)].get_or_insert(told).left
-            }
-            Counter::Untold => &mut self.untold,
+impl Bounds {
+    /// The fewest tries that may be left.
+    fn left(&self, of: Compared) -> u8 {
+        let told = |but: Option<u8>| {
+            let others = (0..=u8::MAX).zip(self.told).filter(move |&(reference, _)| Some(reference) != but);
+            // A counter that is spent has nothing to be kept.
+            others.filter_map(|(_, told)| told.filter(|&left| left != 0)).min().unwrap_or(u8::MAX)
+        };
+        match of {
+            Compared::Told(reference) => self.told[usize::from(reference)].unwrap_or(0),
+            Compared::Untold => self.untold.min(self.session).min(told(None)),
+            Compared::ResettingCode(reference) => self.untold.min(told(Some(reference))),
         }
     }
 
-    /// Takes in what the card says of a reference, and tells which counter is its.
-    fn ask(&mut self, reference: u8, answer: StatusWord) -> Counter {
-        let told = &mut self.told[usize::from(reference)];
-        match (tries(answer), told.as_mut()) {
-            (Some(left), _) => {
-                *told = Some(Told { left, unverified: true });
-                Counter::Told(reference)
+    /// A comparison has left no more than that.
+    fn spend(&mut self, of: Compared, left: u8) {
+        self.session = self.session.min(left);
+        if let Compared::Told(reference) = of {
+            self.told[usize::from(reference)] = Some(left);
+            return;
+        }
+        self.untold = self.untold.min(left);
+        for (reference, told) in (0..=u8::MAX).zip(&mut self.told) {
+            if !matches!(of, Compared::ResettingCode(own) if own == reference) {
+                *told = told.map(|told| told.min(left));
             }
-            // A verified PIN tells no number.
-            (None, Some(told)) if answer == StatusWord::SUCCESS => {
-                if std::mem::replace(&mut told.unverified, false) {
-                    told.left = told.left.max(UNTOLD);
-                }
-                Counter::Told(reference)
-            }
-            (None, _) => Counter::Untold,
         }
     }
 }
@@ -205,39 +222,63 @@ fn is_untried(status: StatusWord) -> bool {
 }
 
 impl KeepingCard {
-    async fn compare(&mut self, command: &Command, class: Option<u8>) -> Result<Response, CardError> {
-        let counter = match class {
-            Some(class) => {
-                let question = Command::build([class, ins::VERIFY, 0, command.p2()], &[], None)
-                    .map_err(|error| CardError::Failed(error.to_string()))?;
-                let answer = self.card.transmit(&question).await?.status();
-                lock(&self.counted).ask(command.p2(), answer)
-            }
-            None => Counter::Untold,
-        };
+    /// What the card says to a VERIFY without data.
+    async fn ask(&mut self, class: u8, p1: u8, reference: u8) -> Result<StatusWord, CardError> {
+        let question = Command::build([class, ins::VERIFY, p1, reference], &[], None)
+            .map_err(|error| CardError::Failed(error.to_string()))?;
+        Ok(self.card.transmit(&question).await?.status())
+    }
+
+    /// The reference, with what the card tells of it now.
+    async fn reference(&mut self, class: u8, reference: u8) -> Result<Compared, CardError> {
+        let mut answer = self.ask(class, 0, reference).await?;
+        let is_low = lock(&self.counted).bounds.left(Compared::Untold) <= self.keep;
+        // SP 800-73-4 Part 2 §3.2.1: P1 = FF resets the security status. Whoever verified the PIN, another program
+        // that shares the card for instance, gave it its tries back.
+        if answer == StatusWord::SUCCESS && is_low {
+            self.ask(class, 0xFF, reference).await?;
+            answer = self.ask(class, 0, reference).await?;
+        }
+        let Some(left) = tries(answer) else { return Ok(Compared::Untold) };
+        lock(&self.counted).bounds.told[usize::from(reference)] = Some(left);
+        Ok(Compared::Told(reference))
+    }
+
+    async fn compare(&mut self, command: &Command, of: Compared) -> Result<Response, CardError> {
         // Spent before it is sent: the answer may never come.
-        let before = {
+        let (before, left) = {
             let mut counted = lock(&self.counted);
-            let left = counted.left(counter);
-            let before = *left;
-            if before <= self.keep {
-                tracing::warn!(
-                    "refused a PIN: {before} tries are left, of which the guest may not spend {}",
-                    self.keep
-                );
+            let before = counted.bounds;
+            let left = before.left(of);
+            if left <= self.keep {
+                counted.log_refusal(command, left, self.keep);
                 return Ok(StatusWord::AUTHENTICATION_BLOCKED.into());
             }
-            *left = before - 1;
-            before
+            counted.bounds.spend(of, left - 1);
+            (before, left)
         };
         let response = self.card.transmit(command).await?;
         let status = response.status();
-        *lock(&self.counted).left(counter) = match tries(status) {
-            Some(left) => left,
-            None if status == StatusWord::SUCCESS || is_untried(status) => before,
-            None => before - 1,
-        };
+        let mut counted = lock(&self.counted);
+        counted.bounds = before;
+        match tries(status) {
+            Some(told) => counted.bounds.spend(of, told),
+            None if status == StatusWord::SUCCESS || is_untried(status) => {}
+            None => counted.bounds.spend(of, left - 1),
+        }
         Ok(response)
+    }
+}
+
+impl Counted {
+    fn log_refusal(&mut self, command: &Command, left: u8, keep: u8) {
+        let Some(end) = self.lines.next(Instant::now()) else { return };
+        tracing::warn!(
+            "refused {} of {:02X}: tries left: {left}, kept from the guest: {keep}{end}",
+            ins::name(command.ins())
+                .map_or_else(|| format!("instruction {:02X}", command.ins()), String::from),
+            command.p2(),
+        );
     }
 }
 
@@ -251,13 +292,18 @@ impl Card for KeepingCard {
         match Kind::of(command) {
             Kind::Refused(status) => Ok(status.into()),
             Kind::Other => {
-                self.chaining = command.cla() & 0x10 != 0;
+                let channel = channel(command.cla());
+                let is_chained = command.cla() & 0x10 != 0;
+                self.chaining = if is_chained { self.chaining | channel } else { self.chaining & !channel };
                 self.card.transmit(command).await
             }
-            _ if self.chaining => Ok(LAST_OF_CHAIN_EXPECTED.into()),
+            _ if self.chaining != 0 => Ok(LAST_OF_CHAIN_EXPECTED.into()),
             Kind::Empty => self.card.transmit(command).await,
-            Kind::Compares { class } => self.compare(command, Some(class)).await,
-            Kind::ComparesOther => self.compare(command, None).await,
+            Kind::Reference { class } => {
+                let of = self.reference(class, command.p2()).await?;
+                self.compare(command, of).await
+            }
+            Kind::ResettingCode => self.compare(command, Compared::ResettingCode(command.p2())).await,
         }
     }
 }

@@ -23,7 +23,12 @@ struct Cards {
     tells: bool,
     /// A failure leaves a verified PIN verified.
     stays: bool,
-    verified: bool,
+    /// Knows VERIFY with P1 = FF.
+    forgets: bool,
+    /// Tells the tries of the PUK.
+    tells_puk: bool,
+    /// Under 80, under 82, and under 80 on another channel.
+    verified: [bool; 3],
     chain: Vec<u8>,
     sent: Vec<Vec<u8>>,
     /// The next answer is lost.
@@ -37,7 +42,9 @@ impl Cards {
             puk: 3,
             tells,
             stays,
-            verified: false,
+            forgets: true,
+            tells_puk: false,
+            verified: [false; 3],
             chain: Vec::new(),
             sent: Vec::new(),
             breaks: false,
@@ -48,16 +55,17 @@ impl Cards {
         if self.tells { StatusWord::tries_left(left) } else { StatusWord(0x6300) }
     }
 
-    fn try_pin(&mut self, data: &[u8]) -> StatusWord {
+    fn try_pin(&mut self, status: usize, data: &[u8]) -> StatusWord {
         if self.pin == 0 {
             return StatusWord::AUTHENTICATION_BLOCKED;
         }
         if data.starts_with(PIN) {
-            (self.pin, self.verified) = (3, true);
+            self.pin = 3;
+            self.verified[status] = true;
             return StatusWord::SUCCESS;
         }
         self.pin -= 1;
-        self.verified &= self.stays;
+        self.verified[status] &= self.stays;
         self.failed(self.pin)
     }
 
@@ -83,16 +91,27 @@ impl Cards {
         data.extend_from_slice(command.data());
         if command.ins() == 0xC2 && data.len() > 5 {
             data.drain(..5);
-            return self.try_pin(&data);
+            return self.try_pin(0, &data);
         }
+        let status = match (command.p2(), command.cla()) {
+            (0x82, _) => 1,
+            (_, 0x01..=0x03 | 0x40..=0x7F) => 2,
+            _ => 0,
+        };
         match (command.ins() & 0xFE, command.p2()) {
-            (0x20, 0x80) if data.is_empty() => match (self.verified, self.tells) {
+            (0x20, 0x80 | 0x82) if data.is_empty() && command.p1() == 0xFF && self.forgets => {
+                self.verified[status] = false;
+                StatusWord::SUCCESS
+            }
+            (0x20, 0x80 | 0x82) if data.is_empty() => match (self.verified[status], self.tells) {
                 (true, true) => StatusWord::SUCCESS,
                 (false, true) => StatusWord::tries_left(self.pin),
                 (_, false) => StatusWord::REFERENCE_NOT_FOUND,
             },
-            (0x20, 0x80) => self.try_pin(&data),
-            (0x24 | 0x26 | 0x28, 0x80) if data.len() >= 8 => self.try_pin(&data),
+            (0x20, 0x81) if data.is_empty() && self.tells_puk => StatusWord::tries_left(self.puk),
+            // Under 00 too, where it does not tell.
+            (0x20, 0x00 | 0x80 | 0x82) if !data.is_empty() => self.try_pin(status, &data),
+            (0x24 | 0x26 | 0x28, 0x80) if data.len() >= 8 => self.try_pin(status, &data),
             (0x24, 0x81) if data.len() >= 8 => self.try_puk(&data),
             (0x2C, 0x80) if data.len() >= 8 => match self.try_puk(&data) {
                 StatusWord::SUCCESS => {
@@ -104,6 +123,41 @@ impl Cards {
             (0x20 | 0x24, _) => StatusWord::REFERENCE_NOT_FOUND,
             _ => StatusWord::SUCCESS,
         }
+    }
+}
+
+/// A card that is nothing but its answers, powered, with one try kept.
+async fn power(answer: impl FnMut(&Command) -> StatusWord + Send + 'static) -> Box<dyn Card> {
+    let presence = Presence::Present { insertion: 1, atr: atr(), limits: Limits::EXTENDED };
+    let answers = Answers(Arc::new(Mutex::new(answer)), watch::channel(presence).0);
+    KeepTries::new(answers, 1).power_on(1).await.unwrap()
+}
+
+type Answer = dyn FnMut(&Command) -> StatusWord + Send;
+
+struct Answers(Arc<Mutex<Answer>>, watch::Sender<Presence>);
+
+struct PoweredAnswers(Arc<Mutex<Answer>>, Atr);
+
+#[async_trait]
+impl CardSource for Answers {
+    fn presence(&self) -> PresenceWatch {
+        self.1.subscribe().into()
+    }
+
+    async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
+        Ok(Box::new(PoweredAnswers(self.0.clone(), atr())))
+    }
+}
+
+#[async_trait]
+impl Card for PoweredAnswers {
+    fn atr(&self) -> &Atr {
+        &self.1
+    }
+
+    async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
+        Ok((self.0.lock().unwrap())(command).into())
     }
 }
 
@@ -128,7 +182,7 @@ impl CardSource for Source {
 
     async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
         let mut cards = self.0.lock().unwrap();
-        cards.verified = false;
+        cards.verified = [false; 3];
         cards.chain.clear();
         Ok(Box::new(Powered(self.0.clone(), atr())))
     }
@@ -193,7 +247,7 @@ async fn another_program_gives_a_guest_its_tries_back() {
                 assert_eq!(status(&mut card, [0, 0x20, 0, 0x80], WRONG).await, expected);
             }
             // Right, in the same session with the card.
-            assert_eq!(cards.lock().unwrap().try_pin(PIN), StatusWord::SUCCESS);
+            assert_eq!(cards.lock().unwrap().try_pin(0, PIN), StatusWord::SUCCESS);
             if stays {
                 break;
             }
@@ -258,6 +312,11 @@ async fn what_hides_a_pin_does_not_reach_the_card() {
         (0x84, 0x2C, 0x6882),
         (0x60, 0x20, 0x6882),
         (0x00, 0xC2, 0x6D00),
+        // GlobalPlatform's channels 4 to 19, of which a question to another channel says nothing.
+        (0xC1, 0x20, 0x6E00),
+        (0xE0, 0x24, 0x6E00),
+        (0x21, 0x20, 0x6E00),
+        (0xA0, 0x20, 0x6E00),
         // The PIN as a part of something else, which an empty VERIFY would complete.
         (0x10, 0x87, 0x9000),
         (0x00, 0x20, 0x6883),
@@ -270,6 +329,11 @@ async fn what_hides_a_pin_does_not_reach_the_card() {
     }
     assert_eq!(status(&mut card, VERIFY, &[]).await, 0x6883);
     assert_eq!(cards.lock().unwrap().sent, [command([0x10, 0x87, 0, 0x80], WRONG).as_bytes()]);
+    // A command on another channel ends no chain.
+    assert_eq!(status(&mut card, [1, 0xA4, 0, 0], &[]).await, 0x9000);
+    assert_eq!(status(&mut card, VERIFY, &[]).await, 0x6883);
+    assert_eq!(status(&mut card, [0, 0xA4, 0, 0], &[]).await, 0x9000);
+    assert_eq!(status(&mut card, VERIFY, &[]).await, 0x63C3);
 }
 
 #[tokio::test]
@@ -284,6 +348,128 @@ async fn a_lost_answer_is_a_try_spent() {
     assert_eq!(cards.lock().unwrap().pin, 1);
 }
 
+/// OpenPGP card 3.4 §7.2.2: one PIN, with a status for signatures and one for all else.
+#[tokio::test]
+async fn another_name_of_a_verified_pin_does_not_spend_its_tries() {
+    const OTHER: [u8; 4] = [0, 0x20, 0, 0x82];
+    for forgets in [true, false] {
+        let cards = Cards::new(true, false);
+        cards.lock().unwrap().forgets = forgets;
+        let mut card = source(&cards, 1).power_on(1).await.unwrap();
+        assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+        assert_eq!(status(&mut card, OTHER, WRONG).await, 0x63C2);
+        assert_eq!(status(&mut card, OTHER, WRONG).await, 0x63C1);
+        for _ in 0..3 {
+            assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x6983);
+        }
+        assert_eq!(cards.lock().unwrap().pin, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_pin_verified_on_one_channel_is_not_tried_on_another() {
+    let cards = Cards::new(true, false);
+    let mut card = source(&cards, 1).power_on(1).await.unwrap();
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+    for expected in [0x63C2, 0x63C1, 0x6983] {
+        assert_eq!(status(&mut card, [1, 0x20, 0, 0x80], WRONG).await, expected);
+    }
+    assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x6983);
+    assert_eq!(cards.lock().unwrap().pin, 1);
+}
+
+/// What 80 refers to changes with the selection; 00 is a name of the first one that tells nothing.
+#[tokio::test]
+async fn another_applications_tries_are_not_taken_for_a_verified_pins() {
+    let pin = Arc::new(Mutex::new(3));
+    let left = pin.clone();
+    let (mut first, mut verified) = (true, false);
+    let mut card = power(move |command| {
+        let mut left = left.lock().unwrap();
+        match (command.ins(), command.p2(), command.data()) {
+            (0xA4, ..) => {
+                first = command.p1() == 1;
+                StatusWord::SUCCESS
+            }
+            (_, 0x80, []) if !first => StatusWord::tries_left(15),
+            (_, 0x80, []) if verified => StatusWord::SUCCESS,
+            (_, 0x80 | 0x82, []) if first => StatusWord::tries_left(*left),
+            (_, 0x80 | 0x82, PIN) if first => {
+                (verified, *left) = (true, 3);
+                StatusWord::SUCCESS
+            }
+            (_, 0x80 | 0x82, _) if first => {
+                *left -= 1;
+                StatusWord::tries_left(*left)
+            }
+            (_, 0x80, _) => StatusWord::tries_left(14),
+            _ => StatusWord::REFERENCE_NOT_FOUND,
+        }
+    })
+    .await;
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+    for expected in [0x63C2, 0x63C1, 0x6983] {
+        assert_eq!(status(&mut card, [0, 0x20, 0, 0x82], WRONG).await, expected);
+    }
+    assert_eq!(status(&mut card, [0, 0xA4, 2, 0], &[]).await, 0x9000);
+    assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x63CE);
+    assert_eq!(status(&mut card, [0, 0xA4, 1, 0], &[]).await, 0x9000);
+    assert_eq!(status(&mut card, VERIFY, WRONG).await, 0x6983);
+    assert_eq!(*pin.lock().unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_puk_that_is_told_is_not_spent_where_it_is_not() {
+    let cards = Cards::new(true, false);
+    cards.lock().unwrap().tells_puk = true;
+    let source = source(&cards, 1);
+    let unblock = [WRONG, PIN].concat();
+    let mut card = source.power_on(1).await.unwrap();
+    for expected in [0x63C2, 0x63C1, 0x6983] {
+        assert_eq!(status(&mut card, [0, 0x24, 0, 0x81], &unblock).await, expected);
+    }
+    assert_eq!(status(&mut card, [0, 0x2C, 0, 0x80], &unblock).await, 0x6983);
+    drop(card);
+    let mut card = source.power_on(1).await.unwrap();
+    assert_eq!(status(&mut card, [0, 0x2C, 0, 0x80], &unblock).await, 0x6983);
+    assert_eq!(cards.lock().unwrap().puk, 1);
+}
+
+/// A host program can block it; the PUK is there for that.
+#[tokio::test]
+async fn a_blocked_pin_is_unblocked_with_the_puk() {
+    for left in [0, 1] {
+        let cards = Cards::new(true, false);
+        let mut card = source(&cards, 1).power_on(1).await.unwrap();
+        assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+        cards.lock().unwrap().pin = left;
+        cards.lock().unwrap().verified = [false; 3];
+        assert_eq!(status(&mut card, VERIFY, PIN).await, 0x6983);
+        assert_eq!(status(&mut card, [0, 0x2C, 0, 0x80], &[PUK, PIN].concat()).await, 0x9000);
+        assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+    }
+}
+
+/// One reference fails without a number, another one with a high one; neither answers the question.
+#[tokio::test]
+async fn tries_that_are_not_told_do_not_grow_with_anothers() {
+    let pin = Arc::new(Mutex::new(3));
+    let left = pin.clone();
+    let mut card = power(move |command| match (command.p2(), command.data()) {
+        (_, []) => StatusWord::REFERENCE_NOT_FOUND,
+        (0x88, _) => StatusWord::tries_left(14),
+        _ => {
+            *left.lock().unwrap() -= 1;
+            StatusWord(0x6300)
+        }
+    })
+    .await;
+    for (reference, expected) in [(0x81, 0x6300), (0x88, 0x63CE), (0x81, 0x6300), (0x81, 0x6983)] {
+        assert_eq!(status(&mut card, [0, 0x24, 0, reference], WRONG).await, expected);
+    }
+    assert_eq!(*pin.lock().unwrap(), 1);
+}
+
 #[derive(Clone, Debug)]
 enum Act {
     Send(Vec<u8>),
@@ -292,8 +478,14 @@ enum Act {
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let class =
-        prop_oneof![8 => Just(0u8), 1 => Just(0x80), 1 => Just(0x10), 1 => Just(0x0C), 1 => any::<u8>()];
+    let class = prop_oneof![
+        8 => Just(0u8),
+        2 => Just(1),
+        1 => Just(0x80),
+        1 => Just(0x10),
+        1 => Just(0x0C),
+        1 => any::<u8>(),
+    ];
     let instruction = prop_oneof![
         6 => Just(0x20u8),
         1 => Just(0x21),
@@ -304,7 +496,13 @@ fn act() -> impl Strategy<Value = Act> {
         1 => Just(0xC2),
         1 => any::<u8>(),
     ];
-    let reference = prop_oneof![4 => Just(0x80u8), 2 => Just(0x81), 1 => any::<u8>()];
+    let reference = prop_oneof![
+        4 => Just(0x80u8),
+        2 => Just(0x81),
+        2 => Just(0x82),
+        1 => Just(0x00),
+        1 => any::<u8>(),
+    ];
     let data = prop_oneof![
         4 => Just([WRONG, PIN].concat()),
         2 => Just(WRONG.to_vec()),
@@ -332,10 +530,14 @@ proptest! {
         acts in proptest::collection::vec(act(), 1..60),
         tells: bool,
         stays: bool,
+        forgets: bool,
+        tells_puk: bool,
         keep in 1u8..=2,
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let cards = Cards::new(tells, stays);
+        cards.lock().unwrap().forgets = forgets;
+        cards.lock().unwrap().tells_puk = tells_puk;
         let source = source(&cards, keep);
         let mut card = runtime.block_on(source.power_on(1)).unwrap();
         for act in acts {

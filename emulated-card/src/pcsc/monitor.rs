@@ -15,6 +15,8 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const WAIT: Duration = Duration::from_secs(60);
 /// The same while there is no reader: one that came just before a wait began is not told (pcsc-lite 1.9).
 const WAIT_FOR_READER: Duration = Duration::from_secs(5);
+/// Until the reader has told what it carries, if no program keeps it from that.
+const LIMITS_DELAY: Duration = Duration::from_secs(1);
 /// Until a card that was put in has given its ATR.
 const ATR_DELAY: Duration = Duration::from_millis(200);
 
@@ -111,10 +113,16 @@ impl Monitor {
                 states = [ReaderState::new(reader.clone(), State::UNAWARE)];
                 continue;
             } else {
-                self.complaint = None;
                 let place = Place { reader: reader.clone(), events: state.event_count() };
-                let atr = Atr::from_card(state.atr());
-                self.shared.seen(place, atr.clone(), || limits(context, &reader, &atr));
+                let (atr, asked) = (Atr::from_card(state.atr()), reader.clone());
+                self.shared.seen(place, atr.clone(), move || limits(&asked, &atr));
+                if self.is_coming() {
+                    self.complain(
+                        "another program is at work with the card, which is there after that".into(),
+                    );
+                } else {
+                    self.complaint = None;
+                }
             }
             state.sync_current_state();
         }
@@ -122,6 +130,16 @@ impl Monitor {
 
     fn gone(&self) {
         self.shared.remove(&mut self.shared.lock());
+    }
+
+    /// Whether the card that was seen is still not there, after a while.
+    fn is_coming(&self) -> bool {
+        let until = Instant::now() + LIMITS_DELAY;
+        let mut state = self.shared.lock();
+        while state.coming.is_some() && Instant::now() < until {
+            state = self.shared.wait(state, Some(until));
+        }
+        state.coming.is_some()
     }
 
     fn pause(&self, time: Duration) {

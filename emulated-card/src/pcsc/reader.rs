@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString};
 
-use pcsc::{Context, Disposition, Protocols, ShareMode, ctl_code};
+use pcsc::{Context, Disposition, Protocols, Scope, ShareMode, ctl_code};
 use vscard_protocol::{Atr, Limits};
 
 /// The reader that `pattern` means, of those there are.
@@ -26,16 +26,19 @@ fn fits(pattern: &str, name: &str) -> bool {
 }
 
 /// Longest APDUs that the reader and a card with that ATR carry.
-pub(super) fn limits(context: &Context, reader: &CStr, atr: &Atr) -> Limits {
+pub(super) fn limits(reader: &CStr, atr: &Atr) -> Limits {
     // Extended APDUs are no T=0 commands (ISO/IEC 7816-3 §12.2).
     let t0_only = atr.protocols().all(|protocol| protocol == 0);
-    if t0_only || longest_data(context, reader) == Some(0) { Limits::SHORT } else { Limits::EXTENDED }
+    if t0_only || longest_data(reader) == Some(0) { Limits::SHORT } else { Limits::EXTENDED }
 }
 
 /// What the reader says of the longest command data it takes; 0 means short APDUs only (PC/SC part 10 §2.6.14).
-fn longest_data(context: &Context, reader: &CStr) -> Option<u32> {
+fn longest_data(reader: &CStr) -> Option<u32> {
     // Without a card there is no protocol: this disturbs nobody.
-    let card = context.connect(reader, ShareMode::Direct, Protocols::UNDEFINED).ok()?;
+    let card = Context::establish(Scope::System)
+        .ok()?
+        .connect(reader, ShareMode::Direct, Protocols::UNDEFINED)
+        .ok()?;
     let mut features = [0; 264];
     let mut properties = [0; 264];
     let answer = card

@@ -12,6 +12,7 @@ use pcsc::{
     ShareMode, State, Transaction,
 };
 use tokio::sync::oneshot;
+use vscard_protocol::apdu::ins;
 use vscard_protocol::{Atr, Card, CardError, Case, Command, Limits, Response, Secret, StatusWord};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -21,6 +22,8 @@ use super::{Answer, Next, Place, Shared};
 const IDLE: Duration = Duration::from_millis(500);
 /// After this it ends between two exchanges.
 const LONG: Duration = Duration::from_secs(4);
+/// After this it ends before an empty VERIFY: what is asked there must hold for the PIN that follows.
+const QUESTION: Duration = Duration::from_secs(3);
 /// It lasts no longer than this, not even for the rest of a chained command or of a long answer.
 const LONGEST: Duration = Duration::from_secs(5);
 /// Then another program gets its turn: pcsc-lite lets it ask for the card once in 200 ms.
@@ -44,8 +47,29 @@ enum After {
     Cleared,
     /// The session is over.
     End,
-    /// The card is not as the session left it.
-    Lost,
+    /// The card is not as the session left it, and is to be left like this.
+    Lost(Disposition),
+}
+
+/// How long the session has had the card without a pause in which another program gets it.
+struct Held {
+    time: Duration,
+    until: Instant,
+}
+
+impl Held {
+    fn add(&mut self, began: Instant, ended: Instant) {
+        if TURN <= began.saturating_duration_since(self.until) {
+            self.time = Duration::ZERO;
+        }
+        self.time += ended.saturating_duration_since(began);
+        self.until = ended;
+    }
+
+    /// Whether it is another program's turn.
+    fn is_long(&self, now: Instant) -> bool {
+        LONG <= self.time && now.saturating_duration_since(self.until) < TURN
+    }
 }
 
 /// What the thread knows of its card.
@@ -102,6 +126,7 @@ impl Actor {
 
     fn serve(&self, mut connected: Connected) {
         let mut waiting = None;
+        let mut held = Held { time: Duration::ZERO, until: Instant::now() };
         let end = loop {
             let order = match waiting.take() {
                 Some(order) => order,
@@ -111,13 +136,21 @@ impl Actor {
                     Next::End => break After::End,
                 },
             };
-            match self.exchange(&mut connected, order) {
+            let began = Instant::now();
+            if !self.shared.config.exclusive && held.is_long(began) {
+                waiting = Some(order);
+                if !self.shared.pause(self.session, TURN) {
+                    break After::End;
+                }
+                continue;
+            }
+            let after = self.exchange(&mut connected, order);
+            held.add(began, Instant::now());
+            match after {
                 After::Idle => {}
                 After::Turn(order) => {
                     waiting = Some(order);
-                    if !self.shared.pause(self.session, TURN) {
-                        break After::End;
-                    }
+                    held.time = LONG;
                 }
                 end => break end,
             }
@@ -125,12 +158,13 @@ impl Actor {
         let Connected { card, used, .. } = connected;
         let disposition = match end {
             After::End if used => Disposition::ResetCard,
+            After::Lost(disposition) if used => disposition,
             _ => Disposition::LeaveCard,
         };
         if let Err((_card, error)) = card.disconnect(disposition) {
             tracing::debug!("the card could not be left as it was found: {error}");
         }
-        if matches!(end, After::Lost) {
+        if matches!(end, After::Lost(_)) {
             self.shared.lose(self.session);
         }
     }
@@ -154,11 +188,15 @@ impl Actor {
                 Err((_, error)) => return lost(reply, error),
             }
         };
+        // The guest may be gone: that was another program's time.
+        if !self.shared.lock().is_current(self.session) {
+            return if *used { clear(transaction) } else { After::End };
+        }
         if !*used {
             let reset = transaction.reconnect(self.mode(), Protocols::ANY, Disposition::ResetCard);
             if let Err(error) = reset {
                 let _ = reply.send(Err(CardError::NotCleared(error.to_string())));
-                return After::Lost;
+                return After::Lost(Disposition::LeaveCard);
             }
             if !self.is_in(context) {
                 return lost(reply, Error::RemovedCard);
@@ -169,18 +207,26 @@ impl Actor {
         let began = Instant::now();
         let latest = (!self.shared.config.exclusive).then(|| began + LONGEST);
         loop {
-            let is_chained = command.cla() & 0x10 != 0;
             let answer = transmit(&transaction, *protocol, &command, buffer);
-            let is_lost = matches!(answer, Err(CardError::Removed));
             let has_more = answer.as_ref().is_ok_and(|response| response.status().sw1() == 0x61);
-            let limit = if is_chained || has_more { LONGEST } else { LONG };
-            let _ = reply.send(answer);
-            if is_lost {
-                return After::Lost;
+            let answer = answer.map_err(|error| (failure(error), leaving(error)));
+            let lost = answer.as_ref().err().filter(|(error, _)| *error == CardError::Removed);
+            let lost = lost.map(|(_, disposition)| *disposition);
+            let _ = reply.send(answer.map_err(|(error, _)| error));
+            if let Some(disposition) = lost {
+                return After::Lost(match transaction.end(disposition) {
+                    Ok(()) => Disposition::LeaveCard,
+                    Err(_) => disposition,
+                });
             }
-            let until = latest.map(|latest| latest.min(Instant::now() + IDLE));
+            let until = latest.map(|latest| {
+                let idle = Instant::now() + IDLE;
+                if is_question(&command) { idle } else { latest.min(idle) }
+            });
             match self.shared.next(self.session, until) {
-                Next::Command(next, to) if latest.is_some() && limit <= began.elapsed() => {
+                Next::Command(next, to)
+                    if latest.is_some() && limit(&command, has_more, &next) <= began.elapsed() =>
+                {
                     // A card that was removed shows at the next transaction; so it is below.
                     let _ = transaction.end(Disposition::LeaveCard);
                     return After::Turn((next, to));
@@ -190,22 +236,52 @@ impl Actor {
                     let _ = transaction.end(Disposition::LeaveCard);
                     return After::Idle;
                 }
-                // Still within the transaction, so that nobody finds the guest's PIN verified.
-                Next::End => {
-                    return match transaction.end(Disposition::ResetCard) {
-                        Ok(()) => After::Cleared,
-                        Err(_) => After::End,
-                    };
-                }
+                Next::End => return clear(transaction),
             }
         }
     }
 }
 
+/// Ends the session still within the transaction, so that nobody finds the guest's PIN verified.
+fn clear(transaction: Transaction<'_>) -> After {
+    match transaction.end(Disposition::ResetCard) {
+        Ok(()) => After::Cleared,
+        Err(_) => After::End,
+    }
+}
+
+/// For how long a transaction goes on with `next` after `last`, whose answer announced more or not.
+fn limit(last: &Command, has_more: bool, next: &Command) -> Duration {
+    if last.cla() & 0x10 != 0 || has_more {
+        LONGEST
+    } else if is_question(next) {
+        QUESTION
+    } else if is_question(last) {
+        Duration::MAX
+    } else {
+        LONG
+    }
+}
+
+/// A VERIFY without data asks how many tries are left (ISO/IEC 7816-4 §11.6.6).
+fn is_question(command: &Command) -> bool {
+    command.ins() & 0xFE == ins::VERIFY && command.data().is_empty()
+}
+
 fn lost(reply: oneshot::Sender<Answer>, error: Error) -> After {
     tracing::info!("the guest's session with the card is over: {error}");
     let _ = reply.send(Err(CardError::Removed));
-    After::Lost
+    After::Lost(leaving(error))
+}
+
+/// How to leave a card after that error: without a PIN that the guest verified, unless it has lost its state anyway.
+fn leaving(error: Error) -> Disposition {
+    match error {
+        Error::RemovedCard | Error::ResetCard | Error::UnpoweredCard | Error::NoSmartcard => {
+            Disposition::LeaveCard
+        }
+        _ => Disposition::ResetCard,
+    }
 }
 
 fn transmit(
@@ -213,25 +289,25 @@ fn transmit(
     protocol: Option<Protocol>,
     command: &Command,
     buffer: &mut [u8],
-) -> Answer {
-    let answer = match card.transmit(tpdu(command, protocol).expose(), buffer) {
-        Ok(answer) => {
-            Response::parse(answer).map(|response| (response, answer.len())).map_err(|_| CardError::Mute)
-        }
-        Err(error) => Err(failure(error)),
-    };
-    let (response, length) = answer?;
+) -> Result<Response, Error> {
+    let Some(tpdu) = tpdu(command, protocol) else { return Ok(StatusWord::WRONG_LENGTH.into()) };
+    let answer = card.transmit(tpdu.expose(), buffer)?;
+    let (response, length) = (Response::parse(answer), answer.len());
     buffer[..length].zeroize();
-    Ok(response)
+    response.map_err(|_| Error::UnresponsiveCard)
 }
 
-/// The command as that protocol carries it (ISO/IEC 7816-3 §12.2.1 and §12.2.4).
-fn tpdu(command: &Command, protocol: Option<Protocol>) -> Secret {
+/// The command as that protocol carries it (ISO/IEC 7816-3 §12.2.1 and §12.2.4); extended ones are none of T=0.
+fn tpdu(command: &Command, protocol: Option<Protocol>) -> Option<Secret> {
     let bytes = command.as_bytes();
-    match (protocol, command.case()) {
-        (Some(Protocol::T0), Case::C1) => Secret::new([bytes, &[0]].concat()),
-        (Some(Protocol::T0), Case::C4Short) => Secret::from(&bytes[..bytes.len() - 1]),
-        _ => Secret::from(bytes),
+    if protocol != Some(Protocol::T0) {
+        return Some(Secret::from(bytes));
+    }
+    match command.case() {
+        Case::C1 => Some(Secret::new([bytes, &[0]].concat())),
+        Case::C2Short | Case::C3Short => Some(Secret::from(bytes)),
+        Case::C4Short => Some(Secret::from(&bytes[..bytes.len() - 1])),
+        Case::C2Extended | Case::C3Extended | Case::C4Extended => None,
     }
 }
 
@@ -423,13 +499,66 @@ mod tests {
 
     #[test]
     fn t0_carries_no_le_beside_data_and_always_a_fifth_byte() {
-        let carried =
-            |bytes: &[u8], protocol| tpdu(&Command::parse(bytes).unwrap(), protocol).expose().to_vec();
+        let carried = |bytes: &[u8], protocol| {
+            tpdu(&Command::parse(bytes).unwrap(), protocol).unwrap().expose().to_vec()
+        };
         let t0 = Some(Protocol::T0);
         assert_eq!(carried(&[0, 0x20, 0, 0x80], t0), [0, 0x20, 0, 0x80, 0]);
         assert_eq!(carried(&[0, 0xA4, 4, 0, 1, 9, 0], t0), [0, 0xA4, 4, 0, 1, 9]);
         assert_eq!(carried(&[0, 0xA4, 4, 0, 1, 9], t0), [0, 0xA4, 4, 0, 1, 9]);
         assert_eq!(carried(&[0, 0xCA, 0, 0, 5], t0), [0, 0xCA, 0, 0, 5]);
         assert_eq!(carried(&[0, 0xA4, 4, 0, 1, 9, 0], Some(Protocol::T1)), [0, 0xA4, 4, 0, 1, 9, 0]);
+    }
+
+    #[test]
+    fn t0_carries_no_extended_command() {
+        for bytes in
+            [&[0, 0xCA, 0, 0, 0, 1, 0][..], &[0, 0xA4, 4, 0, 0, 0, 1, 9], &[0, 0xA4, 4, 0, 0, 0, 1, 9, 0, 0]]
+        {
+            let command = Command::parse(bytes).unwrap();
+            assert!(tpdu(&command, Some(Protocol::T0)).is_none());
+            assert_eq!(tpdu(&command, Some(Protocol::T1)).unwrap().expose(), bytes);
+        }
+    }
+
+    /// Another program's wrong PIN must not come between.
+    #[test]
+    fn a_pin_follows_the_question_about_it_in_the_same_transaction() {
+        let command = |bytes: &[u8]| Command::parse(bytes).unwrap();
+        let (question, pin) = (command(&[0, 0x20, 0, 0x80]), command(&[0, 0x20, 0, 0x80, 1, 9]));
+        let read = command(&[0, 0xB0, 0, 0, 0]);
+        // A question that is still asked leaves time for its answer, and holds after that.
+        assert!(limit(&read, false, &question) < LONG);
+        assert!(limit(&question, false, &pin) > LONGEST);
+        // No loop of questions goes on for ever.
+        assert!(limit(&question, false, &question) < LONG);
+        assert_eq!(limit(&read, false, &read), LONG);
+        assert_eq!(limit(&read, true, &read), LONGEST);
+    }
+
+    #[test]
+    fn a_guest_that_is_idle_too_briefly_has_to_pause() {
+        let mut now = Instant::now();
+        let mut held = Held { time: Duration::ZERO, until: now };
+        let brief = Duration::from_millis(10);
+        let mut exchanges = 0;
+        while !held.is_long(now) {
+            held.add(now, now + IDLE);
+            now += IDLE + brief;
+            exchanges += 1;
+        }
+        assert_eq!(exchanges, 8);
+        assert!(!held.is_long(now - brief + TURN));
+        held.add(now - brief + TURN, now - brief + TURN + IDLE);
+        assert_eq!(held.time, IDLE);
+    }
+
+    #[test]
+    fn a_card_is_left_with_no_pin_verified() {
+        for error in [Error::CommError, Error::InvalidHandle, Error::ReaderUnavailable] {
+            assert_eq!(leaving(error), Disposition::ResetCard);
+        }
+        // Who reset it may be at work with it.
+        assert_eq!(leaving(Error::ResetCard), Disposition::LeaveCard);
     }
 }

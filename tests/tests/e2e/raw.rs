@@ -262,6 +262,56 @@ async fn what_is_verified_ends_with_a_reset_and_no_card_is_reset_for_nothing() -
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_guest_that_is_gone_has_sent_does_not_reach_the_card() -> Result<()> {
+    let name = "raw::what_a_guest_that_is_gone_has_sent_does_not_reach_the_card";
+    let Some(pcscd) = Pcscd::inside(name).await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
+    let virtual_card = VirtualCard::insert(t1(b"gone").as_bytes()).await?;
+    let source = open(false)?;
+    let insertion = present(&mut source.presence(), &t1(b"gone")).await?;
+    for used in [false, true] {
+        let mut powered = source.power_on(insertion).await?;
+        if used {
+            ensure!(ask(&mut powered, QUESTION).await? == [0x63, 0xC3]);
+        }
+        let mut other = program(ShareMode::Shared)?;
+        let transaction = other.transaction()?;
+        // Long enough for it to wait for the other program.
+        let sent = tokio::time::timeout(Duration::from_millis(300), ask(&mut powered, VERIFY)).await;
+        ensure!(sent.is_err());
+        drop(powered);
+        transaction.end(Disposition::LeaveCard).map_err(|(_, error)| error)?;
+        let mut powered = source.power_on(insertion).await?;
+        ensure!(ask(&mut powered, QUESTION).await? == [0x63, 0xC3]);
+    }
+    let seen = virtual_card.seen.lock().expect("no panic");
+    ensure!(seen.commands.iter().all(|command| command == QUESTION), "{:02X?}", seen.commands);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_card_that_a_program_is_at_work_with_is_there_after_that() -> Result<()> {
+    let name = "raw::a_card_that_a_program_is_at_work_with_is_there_after_that";
+    let Some(pcscd) = Pcscd::inside(name).await? else { return Ok(()) };
+    pcscd.start_daemon().await?;
+    let _card = VirtualCard::insert(t1(b"work").as_bytes()).await?;
+    pcscd.card_in(0).await?;
+    let mut other = program(ShareMode::Shared)?;
+    let transaction = other.transaction()?;
+    let host = Host::new()?;
+    let passed = pcscd.start_program("vscclient", ["--pcsc", "Virtual", &host.endpoint()])?;
+    let released = async {
+        passed.line("another program is at work with the card").await?;
+        transaction.end(Disposition::LeaveCard).map_err(|(_, error)| error)?;
+        anyhow::Ok(())
+    };
+    let (peer, released) = tokio::join!(host.card(), released);
+    released?;
+    ensure!(peer?.transmit(QUESTION).await? == [0x63, 0xC3]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_card_can_be_taken_alone() -> Result<()> {
     let Some(pcscd) = Pcscd::inside("raw::a_card_can_be_taken_alone").await? else { return Ok(()) };
     pcscd.start_daemon().await?;
