@@ -198,5 +198,5 @@ fn a_service_manager_that_cannot_be_told_is_warned_of() {
     let mut command = place.daemon(&[]);
     command.env("NOTIFY_SOCKET", place.path("nobody"));
     let (daemon, _) = Daemon::start(command);
-    daemon.line("WARN the service manager cannot be told: ");
+    daemon.line("the service manager cannot be told: ");
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod notify;
 mod spec;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -357,9 +358,7 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
     if let Some(channel) = control_channel {
         tokio::spawn(control::serve(channel, control.clone()));
     }
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::warn!("the service manager cannot be told: {error}");
-    }
+    tokio::spawn(notify::ready());
     tracing::info!("ready");
     Ok(Started { tasks, tellers, control })
 }
