@@ -569,7 +569,16 @@ impl CardSetup {
             return Ok(ReferenceData::any(password));
         }
         if self.pin_file.is_some() || ReferenceData::card_has_pin(directory, claim)? {
-            let pin = self.initial("pin-file", self.pin_file.as_ref(), pin::check_card_pin)?;
+            let check_pin =
+                if self.profile == Profile::Piv { pin::check_piv_pin } else { pin::check_card_pin };
+            let pin = self.initial("pin-file", self.pin_file.as_ref(), check_pin)?;
+            if self.profile == Profile::Dual
+                && pin.as_ref().is_some_and(|pin| pin::check_piv_pin(pin).is_err())
+            {
+                tracing::warn!(
+                    "{prefix}pin-file: for PIV programs a PIN has 6 to 8 digits; some let no other be typed"
+                );
+            }
             let puk = self.initial("puk-file", self.puk_file.as_ref(), pin::check_puk)?;
             let password = password("a PIN of its own")?;
             let (reference, pin, puk) = ReferenceData::of_card(

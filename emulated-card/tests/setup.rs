@@ -94,3 +94,18 @@ fn a_directory_that_lost_its_pin_says_so() {
     fs::remove_dir_all(directory.path("state")).unwrap();
     says(directory.path("state").to_str().unwrap());
 }
+
+#[test]
+fn a_piv_card_gets_no_pin_that_piv_does_not_have() {
+    let directory = Directory::new();
+    directory.secret("short", "4711\n");
+    let opened = |profile| {
+        let state = Some((StateDirectory::at(directory.path(format!("{profile:?}"))), "card.toml".into()));
+        CardSetup { profile, state, pin_file: Some(directory.path("short")), ..directory.setup() }.open()
+    };
+    let error = opened(Profile::Piv).err().unwrap().to_string();
+    assert!(error.contains("short") && error.contains("6 to 8 digits"), "{error}");
+    // These have more users than PIV programs.
+    opened(Profile::Cac).unwrap();
+    opened(Profile::Dual).unwrap();
+}

@@ -60,6 +60,9 @@ pub enum CardPinError {
     /// A byte that pads a PIN, or ends a string: no guest can type it.
     #[error("a card's own PIN contains no byte 00 or FF")]
     Byte,
+    /// Not 6 to 8 digits.
+    #[error("the PIN of a PIV card has 6 to 8 digits (SP 800-73-4 Part 2 §2.4.3)")]
+    Piv,
     /// Not 8 bytes, or nothing but padding.
     #[error("a PUK has exactly 8 bytes, not all of them FF")]
     Puk,
@@ -541,6 +544,15 @@ pub fn check_card_pin(pin: &Secret) -> Result<(), CardPinError> {
     } else {
         Ok(())
     }
+}
+
+/// Checks that `pin` can be that of a PIV card: 6 to 8 digits (SP 800-73-4 Part 2 §2.4.3).
+///
+/// # Errors
+/// [`CardPinError::Piv`].
+pub fn check_piv_pin(pin: &Secret) -> Result<(), CardPinError> {
+    let is_one = (6..=8).contains(&pin.len()) && pin.expose().iter().all(u8::is_ascii_digit);
+    if is_one { Ok(()) } else { Err(CardPinError::Piv) }
 }
 
 /// Checks that `puk` can be a card's: exactly 8 bytes (SP 800-73-4 Part 2 §2.4.3), any but eight times the padding.

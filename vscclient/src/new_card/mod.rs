@@ -20,7 +20,7 @@ use clap::{Args, ValueEnum};
 use emulated_card::keys::written::{ManagementKey, ManagementKeyError};
 use emulated_card::keys::{Certificate, Curve, KeyKind};
 use emulated_card::pin::{
-    CardPinError, DEFAULT_TRIES, ReferenceData, SecretFileError, check_puk, read_secret_file,
+    CardPinError, DEFAULT_TRIES, ReferenceData, SecretFileError, check_piv_pin, check_puk, read_secret_file,
 };
 use emulated_card::state::{CardId, StateError};
 use openssl::error::ErrorStack;
@@ -151,8 +151,8 @@ pub(crate) enum NewCardError {
     Signals(io::Error),
     #[error("--{option}: {source}")]
     SecretFile { option: &'static str, source: SecretFileError },
-    #[error("--pin-file {}: the PIN of a PIV card has 6 to 8 digits (SP 800-73-4 Part 2 §2.4.3)", .0.display())]
-    Pin(PathBuf),
+    #[error("--pin-file {}: {source}", path.display())]
+    Pin { path: PathBuf, source: CardPinError },
     #[error("--puk-file {}: {source}", path.display())]
     Puk { path: PathBuf, source: CardPinError },
     #[error("--admin-key-file: {0}")]
@@ -203,9 +203,7 @@ impl NewCard {
             read_secret_file(path).map_err(|source| NewCardError::SecretFile { option, source })
         };
         let pin = read("pin-file", &self.pin_file)?;
-        if !(6..=8).contains(&pin.len()) || !pin.expose().iter().all(u8::is_ascii_digit) {
-            return Err(NewCardError::Pin(self.pin_file.clone()));
-        }
+        check_piv_pin(&pin).map_err(|source| NewCardError::Pin { path: self.pin_file.clone(), source })?;
         let puk = match &self.puk_file {
             None => None,
             Some(path) => {
