@@ -10,7 +10,7 @@ mod notify;
 mod session;
 mod vpcd;
 
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
@@ -47,7 +47,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = |result: Result<String, String>| match result {
         Ok(done) => {
-            println!("{done}");
+            // It is done, whoever hears of it.
+            if let Err(error) = writeln!(io::stdout(), "{done}") {
+                fail(LEFT, &format!("standard output: {error}"));
+            }
             LEFT
         }
         Err(error) => fail(NO_CARD, &error),
@@ -77,7 +80,7 @@ fn keep_memory_private() {
 }
 
 fn fail(status: u8, message: &str) -> u8 {
-    eprintln!("vscclient: {message}");
+    let _ = writeln!(io::stderr(), "vscclient: {message}");
     status
 }
 
@@ -182,7 +185,7 @@ async fn run(
         return vpcd::run(source, endpoint, connection.plaintext(), reconnect, wanted).await;
     }
     // A virtual machine may be started at any time, and is not what a start of this service is to wait for.
-    notify::ready(&format!("the card is for {}", channel.endpoint()));
+    notify::ready(&format!("the card is for {}", session::place(&channel)));
     let config = ClientConfig::new(spec.reader.clone());
     session::run(source, channel, config, !connection.no_reconnect, wanted).await
 }

@@ -46,7 +46,7 @@ pub(crate) async fn run(
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
     if channel.endpoint().is_listening() {
-        tracing::info!("listening on {}", channel.endpoint());
+        tracing::info!("listening on {}", place(&channel));
     }
     loop {
         let stream = async { if reconnect { channel.stream().await } else { channel.stream_once().await } };
@@ -68,6 +68,14 @@ pub(crate) async fn run(
         if !reconnect {
             return End::Disconnected;
         }
+    }
+}
+
+/// Where a host finds us or we find it: with the port that was taken for 0.
+pub(crate) fn place(channel: &Channel) -> String {
+    match channel.local_address() {
+        Some(address) => format!("tcp-listen:{address}"),
+        None => channel.endpoint().to_string(),
     }
 }
 

@@ -182,6 +182,15 @@ fn for_a_virtual_machine_when_it_can_connect() {
 }
 
 #[test]
+fn with_the_port_that_was_taken_for_none() {
+    let manager = Manager::new();
+    let _service = manager.serve("tcp-listen:127.0.0.1:0");
+    let told = manager.told();
+    let address = told.trim_end().strip_prefix("READY=1\nSTATUS=the card is for tcp-listen:").unwrap();
+    TcpStream::connect(address).unwrap();
+}
+
+#[test]
 fn for_a_virtual_machine_that_is_not_there_yet() {
     let manager = Manager::new();
     let _service = manager.serve(&format!("unix:{}", manager.path("vm.sock").display()));
