@@ -84,7 +84,7 @@ fn fail(status: u8, message: &str) -> u8 {
     status
 }
 
-/// The exit status, when all is over.
+/// Ends the process when all is over; an exit status if it cannot begin.
 fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
     let endpoint = match connection.endpoint() {
         Ok(endpoint) => endpoint,
@@ -96,8 +96,8 @@ fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
         Err(error) => return fail(NO_CARD, &error.to_string()),
     };
     let status = show(&card, endpoint, spec, connection, level);
-    close(card, status);
-    status
+    close(card);
+    end(status)
 }
 
 fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Connection, level: Level) -> u8 {
@@ -140,7 +140,7 @@ async fn failed(card: &OpenCard) {
 }
 
 /// Gives up the card, which waits for what its module is doing, but not for ever.
-fn close(card: OpenCard, status: u8) {
+fn close(card: OpenCard) {
     let (closing, closed) = std::sync::mpsc::channel::<()>();
     let close = move || {
         drop(card);
@@ -149,7 +149,6 @@ fn close(card: OpenCard, status: u8) {
     let thread = thread::Builder::new().name("close".into()).spawn(close);
     if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
         tracing::warn!("ended without a card whose module does not come back");
-        end(status);
     }
 }
 
