@@ -160,7 +160,8 @@ pub(crate) struct Connection {
     debug: String,
     /// unix:PATH, tcp:HOST:PORT, unix-listen:PATH or tcp-listen:HOST:PORT; vpcd: for this host's own pcscd, or
     /// vpcd:HOST:PORT,slot=N; or HOST PORT as for the old vscclient
-    #[arg(value_name = "ENDPOINT", num_args = 1..=2, required = true)]
+    // Three are a command after options, which gets a better answer than clap's.
+    #[arg(value_name = "ENDPOINT", num_args = 1..=3, required = true)]
     endpoint: Vec<String>,
 }
 
@@ -281,6 +282,9 @@ impl Card {
 impl Serve {
     /// The card that the options ask for, old and new ones.
     pub(crate) fn card(&mut self) -> Result<CardSpec, String> {
+        if matches!(self.connection.endpoint.as_slice(), [command, _, _] if command == "card") {
+            return Err("options come after `card`: vscclient card [OPTIONS] DIR ENDPOINT".into());
+        }
         if let Some(reader) = self.pcsc.take() {
             let config = PcscConfig { reader, exclusive: self.exclusive };
             let raw = RawSetup { config, keep_tries: self.keep_tries };
@@ -342,11 +346,14 @@ impl Serve {
 impl Connection {
     pub(crate) fn endpoint(&self) -> Result<Endpoint, String> {
         let text = match self.endpoint.as_slice() {
-            [host, port] if host.contains(':') => format!("tcp:[{host}]:{port}"),
+            [host, port] if host.contains(':') => {
+                let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+                format!("tcp:[{}]:{port}", bare.unwrap_or(host))
+            }
             [host, port] => format!("tcp:{host}:{port}"),
             [endpoint] if self.is_vpcd() => return vpcd::endpoint(endpoint),
             [endpoint] => endpoint.clone(),
-            _ => return Err("the endpoint is missing".into()),
+            other => return Err(format!("{other:?} is no endpoint: one word, or HOST PORT")),
         };
         text.parse().map_err(|error: vscard_protocol::chardev::EndpointError| error.to_string())
     }
@@ -440,8 +447,17 @@ mod tests {
         assert!(
             error(&["-e", "soft=(,A,CAC,,a) soft=(,B,CAC,,b)", "h", "1"]).contains("2 readers are asked for")
         );
-        let endpoint = serve(&["-c", "a", "nowhere"]).connection.endpoint();
-        assert!(endpoint.unwrap_err().contains("expected unix:PATH"));
+        assert!(error(&["--trace", "card", "jane", "vpcd:"]).contains("options come after `card`"));
+        let endpoint = |words: &[&str]| serve(&[&["-c", "a"], words].concat()).connection.endpoint();
+        assert!(endpoint(&["nowhere"]).unwrap_err().contains("expected unix:PATH"));
+        assert!(endpoint(&["h", "1", "2"]).unwrap_err().contains("HOST PORT"));
+    }
+
+    #[test]
+    fn an_ipv6_address_may_have_its_brackets() {
+        let endpoint = |host: &str| serve(&["-c", "a", host, "2001"]).connection.endpoint();
+        assert_eq!(endpoint("[::1]"), endpoint("::1"));
+        assert!(endpoint("::1").is_ok() && endpoint("[[::1]]").is_err());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The commands a user can type on a terminal.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 
 use emulated_card::setup::OpenCard;
 use tokio::sync::mpsc;
@@ -18,6 +18,9 @@ debug [N]     verbosity: 0, 1 to 10 for details, above 10 for everything
 help          this text
 exit          take the card out of the guest and end";
 
+/// Bytes of a line, as of a terminal's.
+const MOST_LINE: u64 = 4096;
+
 /// What a console acts on.
 pub(crate) struct Console {
     pub(crate) card: OpenCard,
@@ -29,7 +32,7 @@ pub(crate) struct Console {
 impl Console {
     /// Reads commands on a thread of its own, if standard input is a terminal; ends with its end.
     pub(crate) fn start(self) {
-        if !std::io::stdin().is_terminal() || !in_foreground() {
+        if !io::stdin().is_terminal() || !in_foreground() {
             return;
         }
         let spawned = std::thread::Builder::new().name("console".into()).spawn(move || self.run());
@@ -39,14 +42,9 @@ impl Console {
     }
 
     fn run(self) {
-        let mut line = String::new();
         loop {
             print("> ");
-            line.clear();
-            match std::io::stdin().read_line(&mut line) {
-                Ok(0) | Err(_) => return print("\n"),
-                Ok(_) => {}
-            }
+            let Ok(Some(line)) = read_line(&mut io::stdin().lock()) else { return print("\n") };
             match self.command(&line) {
                 Answer::Text(text) if text.is_empty() => {}
                 Answer::Text(text) => print(&format!("{text}\n")),
@@ -105,9 +103,16 @@ impl Console {
     }
 }
 
+/// The next line, cut where no command is that long; none at the end. What is no text is no command.
+fn read_line(input: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut line = Vec::new();
+    let count = input.take(MOST_LINE).read_until(b'\n', &mut line)?;
+    Ok((count > 0).then(|| String::from_utf8_lossy(&line).into_owned()))
+}
+
 /// A job in the background that reads from its terminal is stopped by the kernel, and the guest with it.
 fn in_foreground() -> bool {
-    rustix::termios::tcgetpgrp(std::io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
+    rustix::termios::tcgetpgrp(io::stdin()).is_ok_and(|group| group == rustix::process::getpgrp())
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -118,6 +123,21 @@ enum Answer {
 
 /// A terminal that is gone is no reason to end.
 fn print(text: &str) {
-    let mut out = std::io::stdout().lock();
+    let mut out = io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_that_is_no_text_ends_no_console() {
+        let mut typed = &b"inse\xE9rt\nlist\nexit"[..];
+        let lines = std::iter::from_fn(|| read_line(&mut typed).unwrap());
+        assert_eq!(lines.collect::<Vec<_>>(), ["inse\u{FFFD}rt\n", "list\n", "exit"]);
+        let mut endless = io::repeat(b'x');
+        let mut endless = io::BufReader::new(&mut endless);
+        assert_eq!(read_line(&mut endless).unwrap().map(|line| line.len()), Some(4096));
+    }
 }

@@ -12,7 +12,7 @@ use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Presence, Prese
 
 /// Bytes that may wait for a host that does not read.
 const MOST_UNSENT: usize = 64 * 1024;
-/// Between attempts to power a card that is in use.
+/// Between attempts to power a card that is in use, or fails.
 const BUSY: Duration = Duration::from_secs(1);
 /// Warnings about one connection.
 const MOST_WARNINGS: u32 = 64;
@@ -46,7 +46,7 @@ pub(crate) async fn run(
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
     if channel.endpoint().is_listening() {
-        tracing::info!("listening on {}", channel.endpoint());
+        tracing::info!("listening on {}", place(&channel));
     }
     loop {
         let stream = async { if reconnect { channel.stream().await } else { channel.stream_once().await } };
@@ -71,10 +71,20 @@ pub(crate) async fn run(
     }
 }
 
+/// Where a host finds us or we find it: with the port that was taken for 0.
+pub(crate) fn place(channel: &Channel) -> String {
+    match channel.local_address() {
+        Some(address) => format!("tcp-listen:{address}"),
+        None => channel.endpoint().to_string(),
+    }
+}
+
 /// A powered card, driven by a task of its own so that a slow one stops nothing else.
 struct Powered {
     session: u64,
-    commands: mpsc::UnboundedSender<(Token, Command)>,
+    commands: mpsc::Sender<(Token, Command)>,
+    /// It works on a command, maybe on one that nobody waits for any more.
+    at_work: bool,
     task: JoinHandle<()>,
 }
 
@@ -108,6 +118,15 @@ enum Said {
     /// Powered for a host that asked for it, or to be shown.
     Powered(Option<Token>, Option<Atr>),
     Answer(Token, Option<Response>),
+}
+
+impl Powered {
+    /// Gives it a command, unless it has one. None waits: when its turn came, nobody might wait for its answer.
+    fn take(&mut self, token: Token, command: Command) -> bool {
+        let taken = !self.at_work && self.commands.try_send((token, command)).is_ok();
+        self.at_work |= taken;
+        taken
+    }
 }
 
 impl Connection {
@@ -191,9 +210,7 @@ impl Connection {
             match output {
                 Output::Send(bytes) => self.wire.send(bytes),
                 Output::Transmit(token, command) => {
-                    let taken =
-                        self.card.as_ref().is_some_and(|card| card.commands.send((token, command)).is_ok());
-                    if !taken {
+                    if !self.card.as_mut().is_some_and(|card| card.take(token, command)) {
                         self.client.handle(Input::Answer(token, None), Instant::now());
                     }
                 }
@@ -249,19 +266,18 @@ impl Connection {
         else {
             return self.powered(asked, None);
         };
-        let (commands, queue) = mpsc::unbounded_channel();
+        let (commands, queue) = mpsc::channel(1);
         let events = self.events.0.clone();
         let task = tokio::spawn(serve(source, insertion, asked, queue, session, events));
-        self.card = Some(Powered { session, commands, task });
+        self.card = Some(Powered { session, commands, at_work: false, task });
     }
 
     fn card_said(&mut self, session: u64, said: Said) {
-        if self.card.as_ref().is_none_or(|card| card.session != session) {
-            return;
-        }
+        let Some(card) = self.card.as_mut().filter(|card| card.session == session) else { return };
         match said {
             Said::Powered(asked, atr) => self.powered(asked, atr),
             Said::Answer(token, response) => {
+                card.at_work = false;
                 self.client.handle(Input::Answer(token, response), Instant::now());
             }
         }
@@ -304,29 +320,35 @@ impl Connection {
     }
 }
 
-/// The host does not ask again, so a card that another program has to itself is waited for. Nothing tells when that
-/// program is done.
+/// The host does not ask again, so a card that another program has to itself, or that fails, is tried as long as it
+/// is in. Nothing tells when it will be of use.
 async fn power_on_to_show(source: &dyn CardSource, insertion: u64) -> Result<Box<dyn Card>, CardError> {
     let mut told = false;
+    let mut presence = source.presence();
     loop {
-        match source.power_on(insertion).await {
-            Err(CardError::Busy) => {
-                if !std::mem::replace(&mut told, true) {
+        let error = match source.power_on(insertion).await {
+            Ok(card) => return Ok(card),
+            Err(error) if presence.get().insertion() != Some(insertion) => return Err(error),
+            Err(error) => error,
+        };
+        if !std::mem::replace(&mut told, true) {
+            match error {
+                CardError::Busy => {
                     tracing::warn!("the card is in use by another program or session; waiting for it");
                 }
-                tokio::time::sleep(BUSY).await;
+                error => tracing::warn!("the card cannot be powered: {error}; trying again"),
             }
-            card => return card,
         }
+        tokio::time::sleep(BUSY).await;
     }
 }
 
-/// Powers a card and gives it commands, one after the other. At most the client's bound of them can wait.
+/// Powers a card and gives it commands, one after the other.
 async fn serve(
     source: Arc<dyn CardSource>,
     insertion: u64,
     asked: Option<Token>,
-    mut commands: mpsc::UnboundedReceiver<(Token, Command)>,
+    mut commands: mpsc::Receiver<(Token, Command)>,
     session: u64,
     events: mpsc::Sender<Event>,
 ) {
@@ -356,3 +378,6 @@ async fn serve(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

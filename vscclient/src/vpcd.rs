@@ -103,6 +103,8 @@ enum Lost {
     Broken(io::Error),
     #[error("vpcd waits for the answer to a command of one byte, which no card can give")]
     Silent,
+    #[error("the card has no answer to reset, and vpcd takes none that is empty")]
+    NoAtr,
     #[error("{0}")]
     Card(CardError),
 }
@@ -182,6 +184,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 notify::ready(&format!("the card is in pcscd's reader at {endpoint}"));
             }
             let answered = match question[..] {
+                [control::ATR] if shown.atr.as_bytes().is_empty() => return Err(Lost::NoAtr),
                 [control::ATR] => {
                     self.answer(shown.atr.as_bytes()).await?;
                     if ready == Ready::NotPowered && card.is_some() {
@@ -224,7 +227,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     async fn answer(&mut self, answer: &[u8]) -> io::Result<()> {
         let cannot = StatusWord::NO_DIAGNOSIS.0.to_be_bytes();
-        // An answer of no bytes would stop vpcd for ever; no ATR and no response is that short.
+        // An answer of no bytes would stop vpcd for ever; no response is that short.
         let (length, answer) = match u16::try_from(answer.len()) {
             Ok(length @ 1..) => (length, answer),
             _ => (2, &cannot[..]),

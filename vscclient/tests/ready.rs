@@ -3,12 +3,14 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use tempfile::TempDir;
 
 const ON: u8 = 0x01;
@@ -67,6 +69,13 @@ impl Manager {
         String::from_utf8(message[..length].to_vec()).unwrap()
     }
 
+    /// Until there is no room for another message.
+    fn fill(&self) {
+        let socket = UnixDatagram::unbound().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while socket.send_to(b"X_FULL=1", self.path("notify")).is_ok() {}
+    }
+
     fn told_nothing(&self) -> bool {
         self.socket.set_nonblocking(true).unwrap();
         let nothing = self.socket.recv(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
@@ -87,28 +96,80 @@ fn answer(card: &mut TcpStream) -> Vec<u8> {
     answer
 }
 
+fn vpcd() -> (TcpListener, u16) {
+    let vpcd = TcpListener::bind("127.0.0.1:0").unwrap();
+    set_socket_timeout(&vpcd, Timeout::Recv, Some(Duration::from_secs(60))).unwrap();
+    let port = vpcd.local_addr().unwrap().port();
+    (vpcd, port)
+}
+
+/// Finds the card and powers it.
+fn power(card: &mut TcpStream) {
+    for questions in [&[ATR][..], &[ATR], &[ON, ATR]] {
+        questions.iter().for_each(|question| ask(card, *question));
+        assert_eq!(answer(card)[0], 0x3B);
+    }
+}
+
 #[test]
 fn in_pcscd_when_its_programs_see_the_card() {
     let manager = Manager::new();
-    let vpcd = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = vpcd.local_addr().unwrap().port();
+    let (vpcd, port) = vpcd();
     let _service = manager.serve(&format!("vpcd:127.0.0.1:{port}"));
     let waiting = format!("STATUS=waiting for pcscd at tcp:127.0.0.1:{port}\n");
+    let ready = format!("READY=1\nSTATUS=the card is in pcscd's reader at tcp:127.0.0.1:{port}\n");
+    assert_eq!(manager.told(), waiting);
+    // pcscd goes before it has told anybody of the card.
+    let (mut card, _) = vpcd.accept().unwrap();
+    power(&mut card);
+    drop(card);
     // After a loss it is so again.
     for _ in 0..2 {
-        assert_eq!(manager.told(), waiting);
         let (mut card, _) = vpcd.accept().unwrap();
-        for questions in [&[ATR][..], &[ATR], &[ON, ATR]] {
-            questions.iter().for_each(|question| ask(&mut card, *question));
-            assert_eq!(answer(&mut card)[0], 0x3B);
-            assert!(manager.told_nothing(), "pcscd has told nobody of the card yet");
+        // What the last connection made it tell, it told before this one.
+        assert!(manager.told_nothing());
+        power(&mut card);
+        for _ in 0..2 {
+            ask(&mut card, ATR);
+            answer(&mut card);
         }
-        ask(&mut card, ATR);
-        let ready = format!("READY=1\nSTATUS=the card is in pcscd's reader at tcp:127.0.0.1:{port}\n");
         assert_eq!(manager.told(), ready);
-        answer(&mut card);
-        assert!(manager.told_nothing(), "it is told once");
+        drop(card);
+        // And nothing in between.
+        assert_eq!(manager.told(), waiting);
     }
+}
+
+#[test]
+fn a_manager_that_does_not_read_holds_nothing_up() {
+    let manager = Manager::new();
+    manager.fill();
+    let (vpcd, port) = vpcd();
+    let _service = manager.serve(&format!("vpcd:127.0.0.1:{port}"));
+    let (mut card, _) = vpcd.accept().unwrap();
+    card.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    power(&mut card);
+    for _ in 0..20 {
+        ask(&mut card, ATR);
+        answer(&mut card);
+    }
+    // It reads at last.
+    while !manager.told().starts_with("READY=1\n") {}
+}
+
+#[test]
+fn a_manager_with_an_abstract_address() {
+    let manager = Manager::new();
+    let name = format!("vscclient-test-{}", std::process::id());
+    let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut command = manager.vscclient();
+    command.arg("card").arg(manager.path("card"));
+    command.arg(format!("unix:{}", manager.path("vm.sock").display()));
+    let _service = Service(command.env("NOTIFY_SOCKET", format!("@{name}")).spawn().unwrap());
+    let mut told = [0; 256];
+    let length = socket.recv(&mut told).unwrap();
+    assert!(told[..length].starts_with(b"READY=1\n"));
 }
 
 #[test]
@@ -118,6 +179,15 @@ fn for_a_virtual_machine_when_it_can_connect() {
     let _service = manager.serve(&format!("unix-listen:{}", path.display()));
     assert!(manager.told().starts_with("READY=1\nSTATUS=the card is for unix-listen:"));
     UnixStream::connect(&path).unwrap();
+}
+
+#[test]
+fn with_the_port_that_was_taken_for_none() {
+    let manager = Manager::new();
+    let _service = manager.serve("tcp-listen:127.0.0.1:0");
+    let told = manager.told();
+    let address = told.trim_end().strip_prefix("READY=1\nSTATUS=the card is for tcp-listen:").unwrap();
+    TcpStream::connect(address).unwrap();
 }
 
 #[test]

@@ -5,7 +5,8 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -199,4 +200,24 @@ fn a_service_manager_that_cannot_be_told_is_warned_of() {
     command.env("NOTIFY_SOCKET", place.path("nobody"));
     let (daemon, _) = Daemon::start(command);
     daemon.line("the service manager cannot be told: ");
+}
+
+#[test]
+fn a_service_manager_is_told_when_it_has_room() {
+    let place = Place::new();
+    let name = format!("ccid-device-test-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).unwrap();
+    let manager = UnixDatagram::bind_addr(&address).unwrap();
+    manager.set_read_timeout(Some(NEVER)).unwrap();
+    let other = UnixDatagram::unbound().unwrap();
+    other.set_nonblocking(true).unwrap();
+    while other.send_to_addr(b"X_OTHER=1", &address).is_ok() {}
+    let mut command = place.daemon(&[]);
+    command.env("NOTIFY_SOCKET", format!("@{name}"));
+    let (daemon, _) = Daemon::start(command);
+    daemon.line("INFO ready");
+    let mut told = [0; 16];
+    while &told[..8] != b"READY=1\n" {
+        manager.recv(&mut told).unwrap();
+    }
 }

@@ -16,11 +16,16 @@ pub(crate) fn endpoint(text: &str) -> Result<Endpoint, String> {
         host if !host.contains(':') || host.ends_with(']') => format!("{host}:{PORT}"),
         address => address.to_owned(),
     };
-    let mut slot = 0;
+    let mut slot = None;
     for option in parts {
-        let number = option.strip_prefix("slot=").and_then(|number| number.parse::<u16>().ok());
-        slot = number.ok_or_else(|| format!("{text}: {option:?} is not slot=N, with N from 0"))?;
+        let number = option.strip_prefix("slot=").filter(|number| !number.starts_with('+'));
+        let number = number.and_then(|number| number.parse::<u16>().ok());
+        let number = number.ok_or_else(|| format!("{text}: {option:?} is not slot=N, with N from 0"))?;
+        if slot.replace(number).is_some() {
+            return Err(format!("{text}: slot is given twice"));
+        }
     }
+    let slot = slot.unwrap_or(0);
     let first = format!("tcp:{address}").parse().map_err(|error| format!("{text}: {error}"))?;
     match first {
         Endpoint::Tcp { host, port } => match port.checked_add(slot) {

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use proptest::prelude::*;
 use tokio::io::duplex;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use vscard_protocol::apdu::MAX_RESPONSE;
 
@@ -16,6 +16,7 @@ use super::*;
 struct Source {
     presence: watch::Sender<Presence>,
     sessions: Arc<Mutex<Sessions>>,
+    power_off: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -28,6 +29,7 @@ struct Sessions {
 struct TestCard {
     atr: Atr,
     sessions: Arc<Mutex<Sessions>>,
+    power_off: Arc<Notify>,
 }
 
 const ECHO: u8 = 0x01;
@@ -45,7 +47,11 @@ fn present(insertion: u64) -> Presence {
 
 impl Source {
     fn new(presence: Presence) -> Arc<Self> {
-        Arc::new(Self { presence: watch::Sender::new(presence), sessions: Arc::default() })
+        Arc::new(Self {
+            presence: watch::Sender::new(presence),
+            sessions: Arc::default(),
+            power_off: Arc::default(),
+        })
     }
 
     /// Sessions begun so far, and open now.
@@ -69,7 +75,11 @@ impl CardSource for Source {
         }
         sessions.begun += 1;
         sessions.open += 1;
-        Ok(Box::new(TestCard { atr: atr(), sessions: self.sessions.clone() }))
+        Ok(Box::new(TestCard {
+            atr: atr(),
+            sessions: self.sessions.clone(),
+            power_off: self.power_off.clone(),
+        }))
     }
 }
 
@@ -93,6 +103,7 @@ impl Card for TestCard {
 impl Drop for TestCard {
     fn drop(&mut self) {
         self.sessions.lock().unwrap().open -= 1;
+        self.power_off.notify_one();
     }
 }
 
@@ -217,6 +228,22 @@ async fn a_card_that_does_not_answer_is_taken_out() {
     assert!(got.is_empty() && matches!(lost, Lost::Card(CardError::Removed)), "{lost}");
 }
 
+#[tokio::test]
+async fn a_card_without_an_atr_is_taken_out() {
+    let source = Source::new(present(1));
+    let (ours, mut theirs) = duplex(64);
+    theirs.write_all(&frame(&[control::ATR])).await.unwrap();
+    theirs.shutdown().await.unwrap();
+    let shown = Shown { source: &*source, insertion: 1, atr: Atr::from_card(&[]), limits: Limits::EXTENDED };
+    let lost = {
+        let mut connection = Connection { stream: ours, quick_ack: |_| () };
+        let Err(lost) = connection.serve(&shown, &endpoint("vpcd:").unwrap()).await;
+        lost
+    };
+    assert!(matches!(lost, Lost::NoAtr), "{lost}");
+    assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0);
+}
+
 /// A running adapter, and the vpcd it connects to.
 struct Bench {
     source: Arc<Source>,
@@ -306,8 +333,7 @@ async fn a_vpcd_that_takes_no_answers_does_not_keep_the_card() {
         assert!(sent < flood.len(), "who takes no answers gets no further questions across");
     }
     bench.source.presence.send_replace(Presence::Absent);
-    bench.wishes.send(Wish::Leave).await.unwrap();
-    assert!(matches!(bench.end.await.unwrap(), End::Left));
+    timeout(Duration::from_secs(60), bench.source.power_off.notified()).await.expect("it keeps the card");
     assert_eq!(bench.source.sessions(), (1, 0));
 }
 
@@ -329,6 +355,8 @@ fn endpoints() {
     error("vpcd:localhost:0", "port \"0\"");
     error("vpcd:,slot", "slot=N");
     error("vpcd:,slot=-1", "slot=N");
+    error("vpcd:,slot=+2", "slot=N");
+    error("vpcd:,slot=0,slot=1", "twice");
     error("vpcd:,slots=1", "slot=N");
     error("vpcd:localhost:65535,slot=1", "more than 65535");
 }
