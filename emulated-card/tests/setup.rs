@@ -101,7 +101,8 @@ fn a_piv_card_gets_no_pin_that_piv_does_not_have() {
     directory.secret("short", "4711\n");
     let opened = |profile| {
         let state = Some((StateDirectory::at(directory.path(format!("{profile:?}"))), "card.toml".into()));
-        CardSetup { profile, state, pin_file: Some(directory.path("short")), ..directory.setup() }.open()
+        let pin_file = Some(directory.path("short"));
+        CardSetup { profile, state, pin_file, written: None, ..directory.setup() }.open()
     };
     let error = opened(Profile::Piv).err().unwrap().to_string();
     assert!(error.contains("short") && error.contains("6 to 8 digits"), "{error}");
