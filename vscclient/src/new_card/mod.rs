@@ -334,12 +334,12 @@ A test card of {name}, made by `vscclient new-card`. Run these commands in this 
 Without a VM, through the host's PC/SC service (packages pcscd, vsmartcard-vpcd, opensc):
 
     vscclient card . vpcd:
-    opensc-tool --list-readers --name
+    opensc-tool --wait --name
     pkcs11-tool --list-objects
     pkcs11-tool --login --test
 
 In a VM of QEMU, started with
--usb -device usb-ccid -chardev socket,id=card,path=card.sock,server=on,wait=off
+-usb -device usb-ccid,bus=usb-bus.0 -chardev socket,id=card,path=card.sock,server=on,wait=off
 -device ccid-card-passthru,chardev=card
 
     vscclient card . unix:card.sock
