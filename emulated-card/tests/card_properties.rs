@@ -1,6 +1,6 @@
 //! The security state of a card, whatever is sent to it and whatever happens meanwhile: no private key works without
-//! the PIN, the signature key once for each VERIFY, no login outlives its PIN, and each command ends as it can. What is
-//! checked is in `fuzz/src/card.rs`, which has a model of the card; here are stories that lead somewhere.
+//! the PIN, the signature key once for each VERIFY, no login outlives its PIN, nobody but the administrator writes, and
+//! each command ends as it can. What is checked is in `fuzz/src/card.rs`, which has a model of the card; here are stories that lead somewhere.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
@@ -24,7 +24,7 @@ fn block(bytes: &[u8]) -> Vec<u8> {
 
 /// A command as it is, and what happens while it is worked on.
 fn raw(command: &Command, meanwhile: u8) -> StepBytes {
-    [&[8 * meanwhile], &block(command.as_bytes())[..]].concat()
+    [&[16 * meanwhile], &block(command.as_bytes())[..]].concat()
 }
 
 fn meanwhile() -> impl Strategy<Value = u8> {
@@ -147,20 +147,51 @@ fn sign() -> impl Strategy<Value = StepBytes> {
     )
 }
 
+/// What the administrator does, and what comes of one byte of it being wrong.
+fn administer() -> impl Strategy<Value = StepBytes> {
+    let change = || prop_oneof![3 => Just([0_u8, 0]), 1 => any::<[u8; 2]>()];
+    let authenticate = (0_u8..2, prop_oneof![4 => Just(0_u8), 1 => Just(1)], 0_u8..24, change())
+        .prop_map(|(way, wrong, cut, change)| [&[8, way, wrong, cut], &change[..]].concat());
+    let put = (0_u8..4, 0_u8..6, vec(any::<u8>(), 0..300), change(), meanwhile()).prop_map(
+        |(class, tag, content, change, meanwhile)| {
+            [&[10 + 16 * meanwhile, class, tag], &block(&content)[..], &change].concat()
+        },
+    );
+    let generate = (0_u8..7, 0_u8..7, 0_u8..4, change(), meanwhile()).prop_map(
+        |(slot, algorithm, le, change, meanwhile)| {
+            [&[13 + 16 * meanwhile, slot, algorithm, le], &change[..]].concat()
+        },
+    );
+    // Objects in an object, of lengths that are right, and something behind them.
+    let byte = || select(vec![0x80_u8, 0x81, 0x82, 0x53, 0x00, 0x11]);
+    let templates = vec![[0x47_u8, 0x00, 0x9A, 0xAC], [0xDB, 0x3F, 0xFF, 0x5C], [0x87, 0x03, 0x9B, 0x7C]];
+    let object =
+        (byte(), vec(byte(), 0..3)).prop_map(|(tag, value)| [&[tag, value.len() as u8], &value[..]].concat());
+    let nested = (select(templates), vec(object, 0..3), vec(byte(), 0..3)).prop_map(
+        |([ins, p1, p2, tag], objects, behind)| {
+            let objects = objects.concat();
+            let data = [&[tag, objects.len() as u8], &objects[..], &behind].concat();
+            raw(&Command::build([0x00, ins, p1, p2], &data, Some(256)).unwrap(), 0)
+        },
+    );
+    prop_oneof![3 => authenticate, 2 => put, 2 => generate, 2 => nested]
+}
+
 fn step() -> impl Strategy<Value = StepBytes> {
-    let right_pin = (0_u8..=1, meanwhile()).prop_map(|(applet, meanwhile)| vec![3 + 8 * meanwhile, applet]);
+    let right_pin = (0_u8..=1, meanwhile()).prop_map(|(applet, meanwhile)| vec![3 + 16 * meanwhile, applet]);
     let ask = select(vec![0x00_u8, 0x80])
         .prop_map(|reference| raw(&Command::build([0x00, 0x20, 0x00, reference], &[], None).unwrap(), 0));
     let wrong = prop_oneof![2 => Just(0_u8), 1 => Just(1)];
     let what = prop_oneof![3 => Just(0_u8), 4 => 1_u8..5];
     let change = (what, wrong, 0_u8..4, meanwhile())
-        .prop_map(|(what, wrong, new, meanwhile)| vec![7 + 8 * meanwhile, what, wrong, new]);
+        .prop_map(|(what, wrong, new, meanwhile)| vec![7 + 16 * meanwhile, what, wrong, new]);
     let read = select(vec![0x03_u8, 0x05, 0x09, 0x23]).prop_map(|last| {
         raw(&Command::build([0x00, 0xCB, 0x3F, 0xFF], &[0x5C, 3, 0x5F, 0xC1, last], Some(256)).unwrap(), 0)
     });
     prop_oneof![
         5 => right_pin,
         6 => authenticate(),
+        6 => administer(),
         4 => wild(),
         2 => sign(),
         1 => select_application(),
@@ -175,7 +206,7 @@ fn step() -> impl Strategy<Value = StepBytes> {
 proptest! {
     #[test]
     fn the_security_state_is_that_of_the_model(
-        profile in 0_u8..3,
+        profile in 0_u8..4,
         reference in 0_u8..3,
         steps in vec(step(), 1..60),
     ) {

@@ -21,6 +21,7 @@ use emulated_card::keys::written::WrittenStore;
 use emulated_card::pin::ReferenceData;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::sample::Index;
 use vscard_protocol::{Command, StatusWord};
 
 use common::{SELECT_PIV, VERIFY_PIV, send, transmit};
@@ -217,6 +218,37 @@ proptest! {
                 transmit(&mut card, &Command::build(header, &data, Some(256)).unwrap());
             }
             assert!(!made.path().join("written").exists());
+        });
+    }
+
+    /// Templates of PUT DATA and GENERATE that are right but for a byte or their end, from one who may write.
+    #[test]
+    fn whatever_the_administrator_writes_the_card_is_the_same_when_it_is_opened_again(
+        commands in vec((0_usize..3, vec(any::<u8>(), 0..40), any::<Index>(), any::<u8>(), any::<bool>()), 1..20),
+    ) {
+        thread_local!(static MADE: tempfile::TempDir = tempfile::tempdir().unwrap());
+        MADE.with(|made| {
+            let store = store(made.path(), Some("3des"));
+            let mut card = card(&store);
+            authenticate(&mut card, &store);
+            for (which, content, at, change, cut) in commands {
+                let (header, mut data) = match which {
+                    0 => ([0x00, 0x47, 0x00, 0x9A], vec![0xAC, 3, 0x80, 1, 0x11]),
+                    _ => ([0x00, 0xDB, 0x3F, 0xFF], put(0x05, &content).data().to_vec()),
+                };
+                let at = at.index(data.len());
+                data[at] ^= change;
+                data.truncate(if cut { at } else { data.len() });
+                let status = transmit(&mut card, &Command::build(header, &data, Some(256)).unwrap()).status();
+                assert_ne!(status, StatusWord::SECURITY_STATUS_NOT_SATISFIED);
+            }
+            let again = writable::store(made.path(), None);
+            let (now, then) = (store.writable().unwrap(), again.writable().unwrap());
+            for tag in 0..=u8::MAX {
+                assert_eq!(now.object(tag), then.object(tag));
+            }
+            let slot = "9a".parse().unwrap();
+            assert_eq!(now.key(slot), then.key(slot));
         });
     }
 

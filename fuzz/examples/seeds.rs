@@ -944,10 +944,14 @@ const OPEN_PIV: [u8; 2] = [1, 1];
 const OWN_PIV: [u8; 2] = [1, 2];
 const CAC: [u8; 2] = [2, 0];
 const OWN_CAC: [u8; 2] = [2, 2];
+const WRITABLE: [u8; 2] = [3, 2];
+
+/// No byte of a template changed.
+const AS_IT_IS: [u8; 2] = [0, 0];
 
 /// What happens while the command is worked on that this step has.
 fn meanwhile(what: u8, mut step: Vec<u8>) -> Vec<u8> {
-    step[0] += 8 * what;
+    step[0] += 16 * what;
     step
 }
 
@@ -972,7 +976,23 @@ fn get_response(le: u8) -> Vec<u8> {
 
 /// GENERAL AUTHENTICATE: not the last of a chain?, algorithm, key, tag (by number), value.
 fn authenticate(piece: u8, algorithm: u8, key: u8, tag: u8, value: &[u8]) -> Vec<u8> {
-    [&[2, piece, algorithm, key, tag], &block(value)[..]].concat()
+    [&[2, piece, algorithm, key, tag], &block(value)[..], &AS_IT_IS].concat()
+}
+
+/// Authentication of the administrator: by a challenge (0) or mutual (1); rightly (0) or not; so much of the answer
+/// in a piece of its own; which byte of it is changed, and how.
+fn administrator(way: u8, wrong: u8, cut: u8, change: [u8; 2]) -> Vec<u8> {
+    [&[8, way, wrong, cut], &change[..]].concat()
+}
+
+/// PUT DATA: the last of a chain (0) or not (3), object (by number), content, and what is changed.
+fn put(piece: u8, tag: u8, content: &[u8], change: [u8; 2]) -> Vec<u8> {
+    [&[10, piece, tag], &block(content)[..], &change].concat()
+}
+
+/// GENERATE ASYMMETRIC KEY PAIR: key, algorithm, Le (by number), and what is changed.
+fn generate(key: u8, algorithm: u8, le: u8, change: [u8; 2]) -> Vec<u8> {
+    [&[13, key, algorithm, le], &change[..]].concat()
 }
 
 fn object(tag: &[u8], le: u8) -> Vec<u8> {
@@ -1143,6 +1163,73 @@ fn card() -> Vec<Seed> {
                 meanwhile(2, pin(0)),
                 pin(0),
                 meanwhile(5, authenticate(0, 0, 0, 0, &[1; 128])),
+            ],
+        ),
+        (
+            "administrator",
+            vec![
+                WRITABLE.into(),
+                put(0, 0, b"refused", AS_IT_IS),
+                administrator(0, 0, 0, AS_IT_IS),
+                put(0, 0, b"certificate", AS_IT_IS),
+                object(&certificate, 0),
+                administrator(1, 0, 7, AS_IT_IS),
+                put(0, 0, b"", AS_IT_IS),
+                object(&certificate, 0),
+                logout.clone(),
+                generate(0, 0, 2, AS_IT_IS),
+            ],
+        ),
+        (
+            "administrator-wrong",
+            vec![
+                WRITABLE.into(),
+                administrator(0, 1, 0, AS_IT_IS),
+                generate(0, 0, 2, AS_IT_IS),
+                administrator(1, 0, 0, [1, 1]),
+                put(0, 0, b"refused", AS_IT_IS),
+                apdu(&[0x00, 0x87, 0x00, 0x9B, 4, 0x7C, 2, 0x81, 0, 4]),
+                get_response(0),
+                apdu(&[0x00, 0x87, 0x00, 0x9B, 12, 0x7C, 10, 0x82, 8, 1, 2, 3, 4, 5, 6, 7, 8, 0]),
+            ],
+        ),
+        (
+            "put",
+            vec![
+                WRITABLE.into(),
+                administrator(0, 0, 0, AS_IT_IS),
+                put(3, 1, &[1; 200], AS_IT_IS),
+                apdu(&[0x00, 0xDB, 0x3F, 0xFF, 0]),
+                put(0, 3, b"retired", AS_IT_IS),
+                object(&[0x5F, 0xC1, 0x0C], 0),
+                put(0, 5, b"discovery", AS_IT_IS),
+                put(0, 0, b"tag", [0, 1]),
+                put(0, 0, b"length", [1, 0x80]),
+                put(0, 0, b"length", [7, 1]),
+                apdu(&[0x00, 0xDB, 0x3F, 0xFF, 4, 0x5C, 0, 0x53, 0]),
+                apdu(&[0x00, 0xDB, 0x3F, 0xFF, 5, 0x5C, 3, 0x5F, 0xC1, 5]),
+                meanwhile(3, put(0, 2, b"reset", AS_IT_IS)),
+                [&[1, 2, 0xDB, 0x3F, 0xFF, 0], &long(&[0x5C, 3], 65_000)[..]].concat(),
+            ],
+        ),
+        (
+            "generate",
+            vec![
+                WRITABLE.into(),
+                administrator(0, 0, 0, AS_IT_IS),
+                generate(0, 0, 1, AS_IT_IS),
+                get_response(0),
+                authenticate(0, 1, 0, 0, &[3; 32]),
+                pin(0),
+                authenticate(0, 1, 0, 0, &[3; 32]),
+                generate(5, 3, 3, AS_IT_IS),
+                generate(6, 0, 2, AS_IT_IS),
+                generate(1, 6, 2, AS_IT_IS),
+                generate(1, 0, 2, [1, 0x80]),
+                apdu(&[0x00, 0x47, 0x00, 0x9A, 4, 0xAC, 2, 0x80, 0, 0]),
+                apdu(&[0x00, 0x47, 0x00, 0x9A, 2, 0xAC, 0, 0]),
+                meanwhile(4, generate(3, 1, 2, AS_IT_IS)),
+                generate(3, 1, 2, AS_IT_IS),
             ],
         ),
         ("select", vec![DUAL.into(), pin(0), pki.clone(), pin(1), piv, pin(0), pki.clone(), reset.clone()]),

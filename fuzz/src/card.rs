@@ -1,10 +1,13 @@
-//! Everything a guest can say to an emulated card: APDUs, templates, chains, PINs, resets at bad moments. What the card
-//! answers is compared with a model of its security state.
+//! Everything a guest can say to an emulated card: APDUs, chains, PINs, resets at bad moments; the BER-TLV templates of
+//! GENERAL AUTHENTICATE, PUT DATA and GENERATE ASYMMETRIC KEY PAIR, right, nearly right and wrong, before and after the
+//! administrator is known. What the card answers is compared with a model of its security state.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use emulated_card::card::{CardOptions, Done, EmulatedCard, Job, Profile, Step};
+use emulated_card::keys::writable::{ManagementAlgorithm, NewKey, Writable, WriteError};
 use emulated_card::keys::{Certificate, Curve, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
 use emulated_card::pin::ReferenceData;
 use emulated_card::slot::PivSlot;
@@ -38,14 +41,19 @@ enum Reference {
 /// Does what `bytes` say.
 pub(crate) fn run(bytes: &[u8]) {
     let input = &mut Input::new(bytes);
-    let profile = input.choose(&[Profile::Dual, Profile::Piv, Profile::Cac]);
+    let (profile, writable) = input.choose(&[
+        (Profile::Dual, false),
+        (Profile::Piv, false),
+        (Profile::Cac, false),
+        (Profile::Piv, true),
+    ]);
     let reference = input.choose(&[Reference::Store, Reference::Any, Reference::Own]);
-    let store = Store::new();
+    let store = Store::new(writable);
     let mut end = End {
         seen: Arc::clone(&store.seen),
         card: card(store, profile, reference),
-        observer: Observer::new(profile),
-        model: Model::new(reference),
+        observer: if writable { Observer::of_writable(true) } else { Observer::new(profile) },
+        model: Model::new(reference, writable),
         late: None,
     };
     for _ in 0..1000 {
@@ -59,15 +67,7 @@ pub(crate) fn run(bytes: &[u8]) {
 }
 
 fn card(store: Store, profile: Profile, reference: Reference) -> EmulatedCard {
-    let retired = "82".parse().expect("a slot");
-    let slots = [
-        PivSlot::AUTHENTICATION,
-        PivSlot::SIGNATURE,
-        PivSlot::KEY_MANAGEMENT,
-        PivSlot::CARD_AUTHENTICATION,
-        retired,
-    ];
-    let options = CardOptions { profile, slots: slots.into_iter().zip(0..).collect() };
+    let options = CardOptions { profile, slots: slots().into_iter().zip(0..).collect() };
     let id = CardId::derive(&store.certificates, "fuzz");
     let (pin, puk) = (Secret::from(PIN), Secret::from(PUK));
     let reference = match reference {
@@ -75,8 +75,31 @@ fn card(store: Store, profile: Profile, reference: Reference) -> EmulatedCard {
         Reference::Any => ReferenceData::any(pin),
         Reference::Own => ReferenceData::in_memory_own(&pin, Some(&puk), 3).expect("a PIN and a PUK"),
     };
-    EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))
+    let (seen, mut number) = (Arc::clone(&store.seen), 0_u8);
+    let random = move |bytes: &mut [u8]| {
+        bytes.fill_with(|| {
+            number = number.wrapping_add(1);
+            number
+        });
+        *lock(&seen.drawn) = Some(bytes.to_vec());
+    };
+    EmulatedCard::new(Arc::new(store), Arc::new(reference), id, options, Box::new(random))
         .expect("a card of five keys")
+}
+
+fn slots() -> [PivSlot; 5] {
+    let retired = "82".parse().expect("a slot");
+    let [authentication, signature] = [PivSlot::AUTHENTICATION, PivSlot::SIGNATURE];
+    [authentication, signature, PivSlot::KEY_MANAGEMENT, PivSlot::CARD_AUTHENTICATION, retired]
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the card management key does, and undoes.
+fn encrypted(block: &[u8]) -> Vec<u8> {
+    block.iter().map(|byte| byte ^ 0xA5).collect()
 }
 
 /// What has to be true of the card.
@@ -90,6 +113,70 @@ struct Model {
     puk: Vec<u8>,
     tries: Tries,
     puk_tries: Tries,
+    administrator: Administrator,
+}
+
+/// Who may write to the card: whoever answered, with the command after it, what the card asked.
+struct Administrator {
+    /// Whether the card has one.
+    exists: bool,
+    authenticated: bool,
+    /// What answers a witness and what answers a challenge, if the card gave either.
+    answers: Option<[Vec<u8>; 2]>,
+    /// INS, P1, P2 and data of a chain so far.
+    chain: Option<([u8; 3], Vec<u8>)>,
+}
+
+impl Administrator {
+    fn new(exists: bool) -> Self {
+        Self { exists, authenticated: false, answers: None, chain: None }
+    }
+
+    fn forget(&mut self) {
+        (self.authenticated, self.answers) = (false, None);
+    }
+
+    /// A command was done, for which the card may have `drawn` a random number.
+    fn see(&mut self, command: &Command, status: StatusWord, drawn: Option<Vec<u8>>) {
+        let [class, header @ ..] = command.header();
+        let answers = self.answers.take();
+        let chain = self.chain.take().filter(|(earlier, _)| *earlier == header);
+        let data = [&chain.map_or(vec![], |(_, data)| data), command.data()].concat();
+        let succeeded = matches!(status.sw1(), 0x90 | 0x61);
+        let management = matches!(header, [apdu::ins::GENERAL_AUTHENTICATE, 0x00 | 0x03, CARD_MANAGEMENT]);
+        match class {
+            0x00 | 0x80 => {}
+            0x10 if succeeded => {
+                self.answers = answers.filter(|_| management);
+                self.chain = Some((header, data));
+                return;
+            }
+            _ => return,
+        }
+        match command.ins() {
+            // The rest of what the card asks.
+            apdu::ins::GET_RESPONSE if succeeded => self.answers = answers,
+            apdu::ins::GENERAL_AUTHENTICATE if management && self.exists => match (succeeded, drawn) {
+                (true, Some(random)) => {
+                    self.authenticated = false;
+                    self.answers = Some([random.clone(), encrypted(&random)]);
+                }
+                (true, None) => {
+                    let answers = answers.expect("an administrator whom the card asked nothing");
+                    let said = |answer: &Vec<u8>| data.windows(answer.len()).any(|some| some == answer);
+                    assert!(answers.iter().any(said), "a wrong answer makes an administrator: {command:?}");
+                    self.authenticated = true;
+                }
+                (false, _) => self.authenticated &= !matches!(status.0, 0x6982 | 0x6985),
+            },
+            apdu::ins::PUT_DATA | apdu::ins::GENERATE_KEY_PAIR if self.exists => match status.0 {
+                0x6982 => assert!(!self.authenticated, "the administrator is refused: {command:?}"),
+                0x6700 | 0x6A86 => {}
+                _ => assert!(self.authenticated, "{command:?} is looked at, whoever sent it"),
+            },
+            _ => {}
+        }
+    }
 }
 
 struct Tries {
@@ -134,7 +221,7 @@ fn unpadded(field: &[u8]) -> &[u8] {
 }
 
 impl Model {
-    fn new(reference: Reference) -> Self {
+    fn new(reference: Reference, writable: bool) -> Self {
         let tries = || {
             Tries::new(match reference {
                 Reference::Store => 15,
@@ -142,7 +229,9 @@ impl Model {
             })
         };
         let (pin, puk) = (PIN.to_vec(), PUK.to_vec());
-        Self { reference, verified: false, fresh: false, pin, puk, tries: tries(), puk_tries: tries() }
+        let (tries, puk_tries) = (tries(), tries());
+        let administrator = Administrator::new(writable);
+        Self { reference, verified: false, fresh: false, pin, puk, tries, puk_tries, administrator }
     }
 
     fn logout(&mut self) {
@@ -307,8 +396,8 @@ impl End {
             Meanwhile::Reset,
             Meanwhile::Late,
             Meanwhile::Lost,
-        ][usize::from(kind / 8) % 6];
-        match kind % 8 {
+        ][usize::from(kind / 16) % 6];
+        match kind % 16 {
             0 => self.transmit(&input.block(), meanwhile),
             1 => self.built(input, meanwhile),
             2 => self.authenticate(input, meanwhile),
@@ -322,9 +411,13 @@ impl End {
             5 => {
                 self.card.logout();
                 self.model.logout();
+                self.model.administrator.forget();
             }
             6 => self.reset(),
-            _ => self.change(input, meanwhile),
+            7 => self.change(input, meanwhile),
+            8 | 9 => self.administer(input),
+            10..=12 => self.put(input, meanwhile),
+            _ => self.generate(input, meanwhile),
         }
     }
 
@@ -332,6 +425,7 @@ impl End {
         self.card.reset();
         self.observer.reset();
         self.model.logout();
+        self.model.administrator = Administrator::new(self.model.administrator.exists);
         self.check_logins();
     }
 
@@ -360,7 +454,7 @@ impl End {
             let length = (value.len() as u16).to_be_bytes();
             [&[tag, 0x82], &length[..], value].concat()
         };
-        let template = field(0x7C, &[field(0x82, &[]), field(tag, &value)].concat());
+        let template = changed(field(0x7C, &[field(0x82, &[]), field(tag, &value)].concat()), input);
         let header = [class, 0x87, algorithm, reference];
         if let Ok(command) = Command::build(header, &template, (class == 0).then_some(256)) {
             self.transmit(command.as_bytes(), meanwhile);
@@ -377,9 +471,68 @@ impl End {
         self.transmit(&[&[0x00, ins, 0x00, p2, 16], &old[..], new].concat(), meanwhile);
     }
 
+    /// Asks to be the administrator and answers what the card asks, rightly or not.
+    fn administer(&mut self, input: &mut Input<'_>) {
+        let (asked, answered, challenge) =
+            input.choose(&[(0x81, 0x82, &[][..]), (0x80, 0x80, b"\x81\x08challeng")]);
+        self.transmit(&[0x00, 0x87, 0x03, CARD_MANAGEMENT, 4, 0x7C, 2, asked, 0, 0], Meanwhile::Nothing);
+        let answers = self.model.administrator.answers.clone();
+        let mut answer = answers.map_or(vec![0; 8], |[witness, challenge]| match asked {
+            0x80 => witness,
+            _ => challenge,
+        });
+        let (wrong, cut) = (input.byte(), input.byte());
+        answer[0] ^= wrong;
+        let objects = [&[answered, 8], &answer[..], challenge].concat();
+        let right = [&[0x7C, objects.len() as u8], &objects[..]].concat();
+        let template = changed(right.clone(), input);
+        let is_right = wrong == 0 && template == right;
+        let (piece, last) = template.split_at(usize::from(cut).min(template.len()));
+        if let (1.., Ok(piece)) = (cut, Command::build([0x10, 0x87, 0x03, CARD_MANAGEMENT], piece, None)) {
+            self.transmit(piece.as_bytes(), Meanwhile::Nothing);
+        }
+        if let Ok(last) = Command::build([0x00, 0x87, 0x03, CARD_MANAGEMENT], last, Some(256)) {
+            self.transmit(last.as_bytes(), Meanwhile::Nothing);
+        }
+        let Administrator { exists, authenticated, .. } = self.model.administrator;
+        assert!(authenticated || !exists || !is_right, "the administrator's right answer is refused");
+    }
+
+    /// PUT DATA that is nearly right, or a piece of it.
+    fn put(&mut self, input: &mut Input<'_>, meanwhile: Meanwhile) {
+        let class = input.choose(&[0x00, 0x00, 0x00, 0x10]);
+        let tag = input.choose(&[
+            &[0x5F, 0xC1, 0x05][..],
+            &[0x5F, 0xC1, 0x08],
+            &[0x5F, 0xC1, 0x0C],
+            &[0x5F, 0xC1, 0x0D],
+            &[0x5F, 0xC1, 0x20],
+            &[0x7E],
+        ]);
+        let content = input.block();
+        let [high, low] = (content.len() as u16).to_be_bytes();
+        let data = [&[0x5C, tag.len() as u8], tag, &[0x53, 0x82, high, low], &content].concat();
+        if let Ok(command) = Command::build([class, 0xDB, 0x3F, 0xFF], &changed(data, input), None) {
+            self.transmit(command.as_bytes(), meanwhile);
+        }
+    }
+
+    /// GENERATE ASYMMETRIC KEY PAIR that is nearly right.
+    fn generate(&mut self, input: &mut Input<'_>, meanwhile: Meanwhile) {
+        let reference = input.choose(&[0x9A, 0x9C, 0x9D, 0x9E, 0x82, 0x95, 0x9B]);
+        let algorithm = input.choose(&[0x11, 0x14, 0x06, 0x07, 0x05, 0x16, 0x03]);
+        let le = input.choose(&[None, Some(1), Some(256), Some(65_536)]);
+        let data = changed(vec![0xAC, 3, 0x80, 1, algorithm], input);
+        if let Ok(command) = Command::build([0x00, 0x47, 0x00, reference], &data, le) {
+            self.transmit(command.as_bytes(), meanwhile);
+        }
+    }
+
     fn transmit(&mut self, bytes: &[u8], meanwhile: Meanwhile) {
         let Ok(command) = Command::parse(bytes) else { return };
         let before = self.seen.operations.load(Ordering::Relaxed);
+        let written = self.seen.writes.load(Ordering::Relaxed);
+        *lock(&self.seen.drawn) = None;
         let was_piv = self.observer.is_piv();
         let (response, forgotten) = match self.card.command(&command) {
             Step::Answer(response) => (response, false),
@@ -389,12 +542,16 @@ impl End {
             },
         };
         self.check(&command, &response);
+        self.check_write(&command, written);
         let worked = self.seen.operations.load(Ordering::Relaxed) > before;
         let seen = self.observer.see(&command, response.status());
         assert!(statuses::is_known(&seen), "{command:?} is answered with {}", response.status());
         self.model.see(&command, response.status(), worked, was_piv, self.observer.is_piv());
+        let drawn = lock(&self.seen.drawn).take();
+        self.model.administrator.see(&command, response.status(), drawn);
         if forgotten {
             self.model.logout();
+            self.model.administrator.forget();
         }
     }
 
@@ -412,8 +569,10 @@ impl End {
             Meanwhile::Logout => self.card.logout(),
             Meanwhile::Reset | Meanwhile::Late => {
                 let before = self.seen.operations.load(Ordering::Relaxed);
+                let written = self.seen.writes.load(Ordering::Relaxed);
                 self.card.reset();
                 let done = job.run();
+                self.check_write(command, written);
                 let worked = self.seen.operations.load(Ordering::Relaxed) > before;
                 self.model.see_unanswered(command, worked, self.observer.is_piv());
                 // It holds what it logged in.
@@ -441,6 +600,12 @@ impl End {
         self.seen.late.store(0, Ordering::Relaxed);
     }
 
+    /// Nothing is written but for the administrator.
+    fn check_write(&self, command: &Command, before: usize) {
+        let wrote = self.seen.writes.load(Ordering::Relaxed) > before;
+        assert!(!wrote || self.model.administrator.authenticated, "{command:?} writes, whoever sent it");
+    }
+
     fn check(&self, command: &Command, response: &Response) {
         assert!(response.data().len() <= command.le().unwrap_or(0), "{command:?} is answered too long");
         assert!(response.as_bytes().len() <= apdu::MAX_RESPONSE);
@@ -453,28 +618,45 @@ fn padded(pin: &[u8]) -> Vec<u8> {
     pin
 }
 
+/// A template, of which the next two bytes of the input may change one.
+fn changed(mut template: Vec<u8>, input: &mut Input<'_>) -> Vec<u8> {
+    let (at, change) = (input.byte(), input.byte());
+    let length = template.len();
+    template[usize::from(at) % length] ^= change;
+    template
+}
+
 #[derive(Default)]
 struct Seen {
     operations: AtomicUsize,
+    writes: AtomicUsize,
+    /// The last random number.
+    drawn: Mutex<Option<Vec<u8>>>,
     logins: AtomicUsize,
     /// How many of the logins nobody has: they are in work that was done after a reset.
     late: AtomicUsize,
 }
 
-/// Five keys, whose results are bytes of the right number.
+/// The keys of a card, by their index.
+type Keys = Arc<Mutex<Vec<(PivSlot, KeyKind)>>>;
+
+/// Five keys, or more if they are generated, whose results are bytes of the right number.
 struct Store {
     certificates: Vec<Certificate>,
+    keys: Keys,
     seen: Arc<Seen>,
+    /// What was written to data objects, if anything can be.
+    objects: Option<Mutex<BTreeMap<u8, Vec<u8>>>>,
 }
 
 struct Login {
-    kinds: Vec<KeyKind>,
+    keys: Keys,
     seen: Arc<Seen>,
     over: AtomicBool,
 }
 
 impl Store {
-    fn new() -> Self {
+    fn new(writable: bool) -> Self {
         let kinds = [
             KeyKind::Rsa { bits: 1024 },
             KeyKind::Rsa { bits: 1024 },
@@ -489,7 +671,51 @@ impl Store {
             kind,
         };
         let certificates = kinds.into_iter().enumerate().map(certificate).collect();
-        Self { certificates, seen: Arc::default() }
+        let keys = Arc::new(Mutex::new(slots().into_iter().zip(kinds).collect()));
+        Self { certificates, keys, seen: Arc::default(), objects: writable.then(Mutex::default) }
+    }
+}
+
+impl Writable for Store {
+    fn management(&self) -> Option<ManagementAlgorithm> {
+        Some(ManagementAlgorithm::TripleDes)
+    }
+
+    fn encrypt(&self, block: &[u8]) -> Result<Secret, KeyError> {
+        Ok(Secret::new(encrypted(block)))
+    }
+
+    fn object(&self, tag: u8) -> Option<Vec<u8>> {
+        lock(self.objects.as_ref()?).get(&tag).cloned()
+    }
+
+    fn key(&self, slot: PivSlot) -> Option<(usize, KeyKind)> {
+        let keys = lock(&self.keys);
+        let index = keys.iter().position(|(taken, _)| *taken == slot)?;
+        Some((index, keys[index].1))
+    }
+
+    fn put(&self, tag: u8, content: &[u8]) -> Result<(), WriteError> {
+        assert!(content.len() <= usize::from(u16::MAX), "{} bytes in an object", content.len());
+        self.seen.writes.fetch_add(1, Ordering::Relaxed);
+        if let Some(objects) = &self.objects {
+            lock(objects).insert(tag, content.to_vec());
+        }
+        Ok(())
+    }
+
+    fn generate(&self, slot: PivSlot, kind: KeyKind) -> Result<NewKey, WriteError> {
+        self.seen.writes.fetch_add(1, Ordering::Relaxed);
+        let mut keys = lock(&self.keys);
+        match keys.iter_mut().find(|(taken, _)| *taken == slot) {
+            Some((_, place)) => *place = kind,
+            None => keys.push((slot, kind)),
+        }
+        let length = kind.block_len();
+        Ok(match kind {
+            KeyKind::Rsa { .. } => NewKey::Rsa { modulus: vec![0xC1; length], exponent: vec![1, 0, 1] },
+            KeyKind::Ec(_) => NewKey::Ec { point: [vec![0x04], vec![9; 2 * length]].concat() },
+        })
     }
 }
 
@@ -508,12 +734,21 @@ impl KeyStore for Store {
         }
         let earlier = self.seen.logins.fetch_add(1, Ordering::Relaxed);
         assert_eq!(earlier, self.seen.late.load(Ordering::Relaxed), "unlocked while a login exists");
-        let kinds = self.certificates.iter().map(|certificate| certificate.kind).collect();
-        Ok(Box::new(Login { kinds, seen: Arc::clone(&self.seen), over: AtomicBool::new(false) }))
+        let (keys, seen) = (Arc::clone(&self.keys), Arc::clone(&self.seen));
+        Ok(Box::new(Login { keys, seen, over: AtomicBool::new(false) }))
+    }
+
+    fn writable(&self) -> Option<&dyn Writable> {
+        self.objects.as_ref().map(|_| self as &dyn Writable)
     }
 }
 
 impl Login {
+    fn key(&self, index: usize) -> (PivSlot, usize) {
+        let (slot, kind) = lock(&self.keys)[index];
+        (slot, kind.block_len())
+    }
+
     fn operate(
         &self,
         index: usize,
@@ -521,7 +756,7 @@ impl Login {
         lengths: &[usize],
         blocks: usize,
     ) -> Result<Vec<u8>, KeyError> {
-        let length = self.kinds[index].block_len();
+        let (_, length) = self.key(index);
         assert!(lengths.contains(&input.len()) && !input.is_empty(), "{} bytes for {length}", input.len());
         self.seen.operations.fetch_add(1, Ordering::Relaxed);
         // As a token that is pulled out, and one that fails.
@@ -539,18 +774,20 @@ impl Login {
 
 impl Unlocked for Login {
     fn rsa_raw(&self, index: usize, block: &[u8]) -> Result<Secret, KeyError> {
-        self.operate(index, block, &[self.kinds[index].block_len()], 1).map(Secret::new)
+        self.operate(index, block, &[self.key(index).1], 1).map(Secret::new)
     }
 
     fn ecdsa(&self, index: usize, digest: &[u8]) -> Result<Vec<u8>, KeyError> {
-        let lengths: Vec<_> = (1..=self.kinds[index].block_len()).collect();
+        let lengths: Vec<_> = (1..=self.key(index).1).collect();
         self.operate(index, digest, &lengths, 2)
     }
 
     fn ecdh(&self, index: usize, point: &[u8]) -> Result<Secret, KeyError> {
         assert_eq!(point[0], 0x04, "a point that is not written in full");
-        assert!(matches!(index, 2 | 4), "ECDH with a key that signs");
-        self.operate(index, point, &[1 + 2 * self.kinds[index].block_len()], 1).map(Secret::new)
+        let (slot, length) = self.key(index);
+        let sign = [PivSlot::AUTHENTICATION, PivSlot::SIGNATURE, PivSlot::CARD_AUTHENTICATION];
+        assert!(!sign.contains(&slot), "ECDH with a key that signs");
+        self.operate(index, point, &[1 + 2 * length], 1).map(Secret::new)
     }
 }
 

@@ -13,7 +13,7 @@ use vscard_protocol::{Command, StatusWord};
 ///
 /// `card` is what is the same whichever applet is selected. `CAC` is what is the same in all applets of a CAC, and on a
 /// CAC where none is selected (`none`). `container` is the capability container and the PKI containers, `discovery`
-/// GlobalPlatform and plug-and-play, `writable` a PIV card with a card management key.
+/// GlobalPlatform and plug-and-play, `writable` what a PIV card with a card management key has of its own.
 pub(crate) const STATUSES: &[(&str, &str, &str)] = &[
     ("card", "refused class", "6881 6882 6E00"),
     ("card", "refused chaining", "6884"),
@@ -27,11 +27,9 @@ pub(crate) const STATUSES: &[(&str, &str, &str)] = &[
     ("PIV", "RESET RETRY COUNTER", "9000 63CX 6581 6983 6985 6A80 6A86 6A88"),
     ("PIV", "GENERAL AUTHENTICATE", "9000 61XX 6700 6982 6A80 6A86 6A88 6F00"),
     ("PIV", "other command", "6D00"),
-    ("writable", "GET DATA", "9000 61XX 6982 6A82"),
-    ("writable", "VERIFY", "9000 63CX"),
-    ("writable", "GENERAL AUTHENTICATE", "9000 61XX 6700 6982 6985 6A80 6A86 6A88"),
+    ("writable", "card management key", "9000 61XX 6700 6982 6985 6A80 6A86 6A88"),
     ("writable", "PUT DATA", "9000 6700 6982 6A80 6A81 6A86"),
-    ("writable", "GENERATE ASYMMETRIC KEY PAIR", "9000 6982 6A80 6A86"),
+    ("writable", "GENERATE ASYMMETRIC KEY PAIR", "9000 61XX 6982 6A80 6A86"),
     ("CAC", "VERIFY", "9000 63CX 6581 6700 6983 6A80 6A86 6F00"),
     ("CAC", "CHANGE REFERENCE DATA", "9000 63CX 6581 6700 6983 6985 6A80 6A86 6F00"),
     ("CAC", "RESET RETRY COUNTER", "9000 63CX 6581 6700 6983 6985 6A80 6A86"),
@@ -74,21 +72,20 @@ pub(crate) fn is_known((who, what, status): &Seen) -> bool {
 pub(crate) struct Observer {
     profile: Profile,
     selected: &'static str,
-    /// What the PIV application is called: one that can be written to has commands of its own.
-    piv: &'static str,
+    /// Whether the card has an administrator.
+    writable: bool,
 }
 
 impl Observer {
     pub(crate) fn new(profile: Profile) -> Self {
-        let mut observer = Self { profile, selected: "", piv: "PIV" };
+        let mut observer = Self { profile, selected: "", writable: false };
         observer.reset();
         observer
     }
 
     /// Of a PIV card that can be written to, or of one that was.
-    #[allow(dead_code, reason = "the scenarios have such cards")]
     pub(crate) fn of_writable(administrator: bool) -> Self {
-        Self { piv: if administrator { "writable" } else { "PIV" }, ..Self::new(Profile::Piv) }
+        Self { writable: administrator, ..Self::new(Profile::Piv) }
     }
 
     pub(crate) fn reset(&mut self) {
@@ -102,7 +99,6 @@ impl Observer {
     /// A command was answered.
     pub(crate) fn see(&mut self, command: &Command, status: StatusWord) -> Seen {
         let (who, what) = self.place(command);
-        let who = if who == "PIV" { self.piv } else { who };
         if (who, what) == ("card", "SELECT") && matches!(status.sw1(), 0x90 | 0x61) {
             self.selected = applet(command.data());
         }
@@ -120,7 +116,7 @@ impl Observer {
         let cac = !self.is_piv();
         match (command.cla(), command.ins(), selected) {
             (0x00 | 0x80, ..) | (0x10, ins::GENERAL_AUTHENTICATE, "PIV") => {}
-            (0x10, ins::PUT_DATA, "PIV") if self.piv == "writable" => {}
+            (0x10, ins::PUT_DATA, "PIV") if self.writable => {}
             (0x10, ..) => return ("card", "refused chaining"),
             _ => return ("card", "refused class"),
         }
@@ -135,11 +131,14 @@ impl Observer {
             ins::RESET_RETRY_COUNTER => (if cac { "CAC" } else { "PIV" }, "RESET RETRY COUNTER"),
             ins => match (selected, ins) {
                 ("PIV", ins::GET_DATA_ODD) | ("discovery", ins::GET_DATA) => (selected, "GET DATA"),
-                ("PIV", ins::GENERAL_AUTHENTICATE) => (selected, "GENERAL AUTHENTICATE"),
-                ("PIV", ins::PUT_DATA) if self.piv == "writable" => (selected, "PUT DATA"),
-                ("PIV", ins::GENERATE_KEY_PAIR) if self.piv == "writable" => {
-                    (selected, "GENERATE ASYMMETRIC KEY PAIR")
+                ("PIV", ins::GENERAL_AUTHENTICATE) if self.writable && command.p2() == 0x9B => {
+                    ("writable", "card management key")
                 }
+                ("PIV", ins::PUT_DATA) if self.writable => ("writable", "PUT DATA"),
+                ("PIV", ins::GENERATE_KEY_PAIR) if self.writable => {
+                    ("writable", "GENERATE ASYMMETRIC KEY PAIR")
+                }
+                ("PIV", ins::GENERAL_AUTHENTICATE) => (selected, "GENERAL AUTHENTICATE"),
                 ("container" | "access control", ins::GET_PROPERTIES) => (selected, "GET PROPERTIES"),
                 ("container", ins::READ_BUFFER) => (selected, "READ BUFFER"),
                 ("container", ins::UPDATE_BUFFER) => (selected, "UPDATE BUFFER"),

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         }
         // This program's other processes.
         ["pcsc-client"] => pcsc::client(),
-        ["memory", kind, keys, state] => kind.parse().and_then(|kind| memory::grow(kind, keys, state)),
+        ["memory", kind, keys, pin] => kind.parse().and_then(|kind| memory::grow(kind, keys, pin)),
         [] => measure(8),
         ["--rounds", rounds] if rounds.parse::<u32>().is_ok_and(|rounds| rounds > 0) => {
             measure(rounds.parse().unwrap_or(8))
@@ -68,7 +68,7 @@ fn measure(rounds: u32) -> Result<()> {
     let programs = Programs::compile()?;
     let (database, directory) = (Database::with_password()?, CardDirectory::make()?);
     core::measure(&programs, &database, &directory, rounds)?;
-    pcsc::measure(&programs, &directory, runtime.handle(), rounds)?;
+    pcsc::measure(&programs, &database, &directory, runtime.handle(), rounds)?;
     start::measure(&programs, &database, &directory, rounds)?;
     memory::measure(&database, &directory)?;
     println!("Load of the machine after: {}", load()?);

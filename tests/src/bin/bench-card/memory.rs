@@ -1,12 +1,10 @@
 //! What further cards in one process take. [`grow`] is another process of this program, which has nothing but cards.
 
-use std::fmt;
 use std::process::Command;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 use emulated_card::setup::{CardSetup, Keys, OpenCard, Wanted};
-use emulated_card::state::StateDirectory;
 use stack_tests::database::{Database, NAMES, PIN};
 use vscard_protocol::{Card, Command as Apdu};
 
@@ -17,6 +15,8 @@ use crate::turns::at_most;
 /// NSS has no more slots.
 const DATABASES: usize = 96;
 const PEM_CARDS: usize = 1_001;
+/// To make and to verify a thousand PINs would take minutes.
+const PIN_CARDS: usize = 65;
 
 /// KiB for each.
 const MOST_NSS: f64 = 400.0;
@@ -26,24 +26,27 @@ const MOST_PEM: f64 = 64.0;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Nss,
+    /// Any PIN is right.
     Pem,
+    /// With a PIN of its own.
+    PemWithPin,
+}
+
+impl Kind {
+    /// Names and numbers of cards.
+    const ALL: [(&str, Self, usize); 3] = [
+        ("nss", Self::Nss, DATABASES),
+        ("pem", Self::Pem, PEM_CARDS),
+        ("pem-pin", Self::PemWithPin, PIN_CARDS),
+    ];
 }
 
 impl FromStr for Kind {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Ok(match text {
-            "nss" => Self::Nss,
-            "pem" => Self::Pem,
-            _ => bail!("no kind of card: {text}"),
-        })
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if *self == Self::Nss { "nss" } else { "pem" })
+        let found = Self::ALL.into_iter().find(|(name, ..)| *name == text);
+        Ok(found.with_context(|| format!("no kind of card: {text}"))?.1)
     }
 }
 
@@ -56,26 +59,34 @@ struct Grown {
 
 pub(crate) fn measure(database: &Database, directory: &CardDirectory) -> Result<()> {
     println!("{:<60}{:>10}{:>10}{:>10}", "resident KiB of a process with cards", "one", "all", "all used");
-    let (nss, refused) = grown(Kind::Nss, &database.spec(), directory)?;
-    let (pem, _) = grown(Kind::Pem, &directory.path().display().to_string(), directory)?;
-    for (what, Grown { one, all, used }) in [("96 cards, NSS", &nss), ("1 001 cards, PEM", &pem)] {
-        println!("{what:<60}{one:>10}{all:>10}{used:>10}");
+    let pem = directory.path().display().to_string();
+    let (nss, refused) = grown("nss", &database.spec(), directory)?;
+    let (any, _) = grown("pem", &pem, directory)?;
+    let (own, _) = grown("pem-pin", &pem, directory)?;
+    let kinds = [
+        ("NSS card", DATABASES, MOST_NSS, &nss),
+        ("PEM card, any PIN right", PEM_CARDS, MOST_PEM, &any),
+        ("PEM card, PIN of its own", PIN_CARDS, MOST_PEM, &own),
+    ];
+    for (what, count, _, Grown { one, all, used }) in kinds {
+        println!("{:<60}{one:>10}{all:>10}{used:>10}", format!("{count} times {what}"));
     }
-    println!("(used: powered, PIN verified, applet selected)\n");
-    let each = |grown: &Grown, end: f64, count: usize| (end - grown.one) / (count - 1) as f64;
-    at_most("KiB for each further NSS card", each(&nss, nss.all, DATABASES), MOST_NSS);
-    at_most("KiB for each further NSS card, used", each(&nss, nss.used, DATABASES), MOST_NSS);
-    at_most("KiB for each further PEM card", each(&pem, pem.all, PEM_CARDS), MOST_PEM);
-    at_most("KiB for each further PEM card, used", each(&pem, pem.used, PEM_CARDS), MOST_PEM);
+    println!("(used: powered, PIN verified, applet selected; one: used, too)\n");
+    for (what, count, most, grown) in kinds {
+        let each = |end: f64| (end - grown.one) / (count - 1) as f64;
+        at_most(&format!("KiB for each further {what}"), each(grown.all), most);
+        at_most(&format!("KiB for each further {what}, used"), each(grown.used), most);
+    }
     println!("the 97th NSS card: {}\n", refused.context("NSS took a 97th database")?);
     Ok(())
 }
 
 /// The figures of a process of its own, and what it says of one card too many.
-fn grown(kind: Kind, keys: &str, directory: &CardDirectory) -> Result<(Grown, Option<String>)> {
+fn grown(kind: &str, keys: &str, directory: &CardDirectory) -> Result<(Grown, Option<String>)> {
     let output = Command::new(std::env::current_exe()?)
-        .args(["memory", &kind.to_string(), keys])
-        .arg(directory.scratch(&format!("memory-{kind}")))
+        .args(["memory", kind, keys])
+        .arg(directory.scratch("pin"))
+        .env("XDG_STATE_HOME", directory.scratch(&format!("memory-{kind}")))
         .output()?;
     let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     ensure!(output.status.success(), "{kind}: {wrong}");
@@ -88,22 +99,21 @@ fn grown(kind: Kind, keys: &str, directory: &CardDirectory) -> Result<(Grown, Op
 
 /// Opens one card, then all that go into a process, and prints the resident KiB of both, and of all when they have
 /// been used.
-pub(crate) fn grow(kind: Kind, keys: &str, state: &str) -> Result<()> {
+pub(crate) fn grow(kind: Kind, keys: &str, pin: &str) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let open = |number: usize| -> Result<OpenCard> {
         let mut setup = CardSetup { card_name: number.to_string(), ..CardSetup::default() };
-        setup.state = Some((StateDirectory::at(state), "cards".into()));
         if kind == Kind::Nss {
             setup.keys = Keys::Database(keys.to_owned());
             setup.certificates = NAMES.map(|name| Wanted { slot: None, name: name.to_owned() }).into();
         } else {
-            // A thousand PINs of their own would take minutes to make.
-            setup.no_pin = true;
+            setup.no_pin = kind == Kind::Pem;
+            setup.pin_file = (kind == Kind::PemWithPin).then(|| pin.into());
             setup.keys = Keys::Files(sources(keys.as_ref()));
         }
         Ok(setup.open()?)
     };
-    let count = if kind == Kind::Nss { DATABASES } else { PEM_CARDS };
+    let count = Kind::ALL.into_iter().find(|(_, one, _)| *one == kind).context("no such kind")?.2;
     let mut cards = vec![open(0)?];
     let mut powered = vec![runtime.block_on(used(&cards[0]))?];
     let one = resident()?;

@@ -1,7 +1,7 @@
 //! From the start of a process to the first answer of its card.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use stack_tests::database::{Database, NAMES};
 use stack_tests::process::program;
 
+use crate::core::SELECT_PKI;
 use crate::directory::CardDirectory;
 use crate::peer::{Peer, Programs};
 use crate::turns::{Runner, Unit, interleave, table};
@@ -25,13 +26,13 @@ pub(crate) fn measure(
         Runner::new("libcacard in a process of its own, NSS: SELECT", 1, |_| {
             Ok(Peer::start(programs, "libcacard", database, &NAMES)?.first)
         }),
-        Runner::new("vscclient, NSS: ATR for vpcd", 1, |_| {
+        Runner::new("vscclient, NSS: SELECT, by vpcd", 1, |_| {
             vscclient(|command| {
                 command.env("XDG_STATE_HOME", &state).args(["--db", &spec]);
                 command.args(NAMES.iter().flat_map(|name| ["--cert", name]));
             })
         }),
-        Runner::new("vscclient, PEM: ATR for vpcd", 1, |_| {
+        Runner::new("vscclient, PEM: SELECT, by vpcd", 1, |_| {
             vscclient(|command| {
                 command.arg("card").arg(&path);
             })
@@ -46,7 +47,7 @@ pub(crate) fn measure(
     Ok(())
 }
 
-/// Plays vpcd when it powers a card.
+/// Plays vpcd when it powers a card and a program selects the first PKI container, as libcacard is asked to.
 fn vscclient(arguments: impl FnOnce(&mut Command)) -> Result<Duration> {
     const ON_AND_ATR: [u8; 6] = [0, 1, 1, 0, 1, 4];
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -59,15 +60,23 @@ fn vscclient(arguments: impl FnOnce(&mut Command)) -> Result<Duration> {
         let (mut stream, _) = listener.accept()?;
         stream.set_nodelay(true)?;
         stream.write_all(&ON_AND_ATR)?;
-        let mut length = [0; 2];
-        stream.read_exact(&mut length)?;
-        let mut atr = vec![0; u16::from_be_bytes(length).into()];
-        stream.read_exact(&mut atr)?;
-        let took = start.elapsed();
+        let atr = answer(&mut stream)?;
         ensure!(atr.first() == Some(&0x3B), "the ATR is {atr:02X?}");
+        stream.write_all(&[&[0, SELECT_PKI.len() as u8], &SELECT_PKI[..]].concat())?;
+        let selected = answer(&mut stream)?;
+        let took = start.elapsed();
+        ensure!(matches!(selected[..], [0x61, _]), "SELECT is answered {selected:02X?}");
         Ok(took)
     })();
     child.kill()?;
     child.wait()?;
     answered
+}
+
+fn answer(stream: &mut TcpStream) -> Result<Vec<u8>> {
+    let mut length = [0; 2];
+    stream.read_exact(&mut length)?;
+    let mut answer = vec![0; u16::from_be_bytes(length).into()];
+    stream.read_exact(&mut answer)?;
+    Ok(answer)
 }
