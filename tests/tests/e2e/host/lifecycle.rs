@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use stack_tests::database::{NAMES, PIN};
+use stack_tests::{acknowledged_at_once, selects};
 
 use super::{Algorithm, Applet, Bench, MESSAGE, Suite, card, module};
 
@@ -91,4 +92,11 @@ async fn two_cards(suite: Suite) -> Result<()> {
     bench.pcscd.card_in(1).await?;
     ensure!(!second.log().contains("WARN"), "{}", second.log());
     Ok(())
+}
+
+/// vpcd writes the length and the command apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn vpcd_is_acknowledged_at_once() -> Result<()> {
+    let bench = Bench::start(CAC).await?;
+    acknowledged_at_once(&bench.pcscd.ok(&selects()).await?)
 }
