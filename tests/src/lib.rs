@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+use anyhow::{Context, Result, ensure};
+
 pub mod database;
 pub mod echo;
 pub mod floor;
@@ -24,6 +26,24 @@ pub const SELECT: &str = "00A4040007A0000000790100";
 /// A command as the tools in the guest take it.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02X}")).collect()
+}
+
+/// 50 SELECTs, one after the other, for [`acknowledged_at_once`].
+pub fn selects() -> String {
+    format!("guest-pcsc transmit{}", format!(" {SELECT}").repeat(50))
+}
+
+/// Whether no delayed acknowledgement held up the exchanges that `guest-pcsc transmit` printed.
+///
+/// A peer that writes the header and the rest of a message apart sends the rest when the header is acknowledged
+/// (Nagle's algorithm), and Linux delays that by 40 ms (TCP_DELACK_MIN) unless TCP_QUICKACK is set before. Such an
+/// exchange never takes less; another one that takes half of it had to wait for a processor.
+pub fn acknowledged_at_once(said: &str) -> Result<()> {
+    let times = said.lines().map(|line| line.strip_suffix(" ms")?.rsplit(' ').next()?.parse().ok());
+    let times: Vec<f64> = times.collect::<Option<_>>().with_context(|| format!("no times: {said}"))?;
+    let delayed = times.iter().filter(|ms| **ms > 20.0).count();
+    ensure!(delayed < times.len() / 5, "{delayed} of {} exchanges were held up: {said}", times.len());
+    Ok(())
 }
 
 /// How often a scenario repeats: `small` in `cargo xtask test`, `large` in `cargo xtask soak`.

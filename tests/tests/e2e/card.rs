@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use stack_tests::database::{Database, NAMES, PIN};
 use stack_tests::guest::{Guest, within};
 use stack_tests::passthru::{Road, Stack};
+use stack_tests::{acknowledged_at_once, selects};
 
 /// What OpenSC calls the three keys.
 const IDS: [&str; 3] = ["0001", "0002", "0003"];
@@ -67,7 +68,9 @@ async fn over_a_unix_socket() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tcp_with_qemu_listening() -> Result<()> {
     let stack = Stack::start(Road::Tcp, &[]).await?;
-    use_the_card(&stack.guest, &stack.database, PIN).await
+    use_the_card(&stack.guest, &stack.database, PIN).await?;
+    // QEMU writes header and payload apart.
+    acknowledged_at_once(&stack.guest.ok(&selects()).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,13 +5,16 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use stack_tests::database::{self, Database};
 use stack_tests::guest::{Boot, Guest};
+use stack_tests::host::Host;
 use stack_tests::openssl::{self, Algorithm};
 use stack_tests::passthru::{Link, Road};
 use stack_tests::pcscd::Pcscd;
 use stack_tests::process::{Process, program};
 use stack_tests::reader::{Bus, Place};
 use stack_tests::softhsm::{self, Token};
+use tokio::process::Command;
 
 use crate::piv::{PIN_STATUS, read_a_secret, sign, statuses, verify};
 
@@ -88,6 +91,32 @@ async fn a_softhsm_token_with_rsa_and_ec_keys() -> Result<()> {
     ensure!(unlock.ended().await?.success(), "{}", unlock.log());
     let said = statuses(&guest, &[PIN_STATUS, &verify(pin)]).await?;
     ensure!(said == ["63C3", "9000"], "{said:?}");
+    Ok(())
+}
+
+/// The modules are those of an NSS directory, as browsers keep it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_an_nss_directory() -> Result<()> {
+    let (token, database) = (Token::with_keys(&[Algorithm::P256])?, Database::with_password()?);
+    let (host, state) = (Host::new()?, tempfile::tempdir()?);
+    let configuration = token.configuration();
+    let environment: [(&str, &OsStr); 2] =
+        [("SOFTHSM2_CONF", configuration.as_ref()), ("XDG_STATE_HOME", state.path().as_ref())];
+    let spec = database.spec();
+    let mut add = Command::new("modutil");
+    add.args(["-force", "-dbdir", &spec, "-add", "softhsm", "-libfile", softhsm::MODULE]).envs(environment);
+    let mut add = Process::spawn(add).context("modutil of the package libnss3-tools")?;
+    ensure!(add.ended().await?.success(), "{}", add.log());
+    let endpoint = host.endpoint();
+    let args = ["--profile", "piv", "--db", &spec, "--token", softhsm::LABEL, &endpoint];
+    let client = Process::start("vscclient", args, &environment)?;
+    let mut peer = host.card().await.with_context(|| client.log())?;
+    // Only its modules are used: the database's PIN is not the token's.
+    for (pin, expected) in [(database::PIN, [0x63, 0xC2]), (softhsm::PIN, [0x90, 0x00])] {
+        let mut verify = stack_tests::host::verify(pin);
+        verify[3] = 0x80;
+        ensure!(peer.transmit(&verify).await? == expected, "{}", client.log());
+    }
     Ok(())
 }
 

@@ -202,6 +202,14 @@ async fn piv_with_p384_keys() -> Result<()> {
 /// The PIN is changed, and changed back; blocked by wrong ones it is unblocked with the PUK.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pin_of_its_own_is_changed_and_unblocked() -> Result<()> {
-    let suite = Suite { applet: Applet::Piv, algorithm: Algorithm::P256 };
-    opensc::own_pin(&Bench::with_own_pin(suite).await?).await
+    for (applet, algorithm) in [
+        (Applet::Cac, Algorithm::Rsa),
+        (Applet::Piv, Algorithm::Rsa),
+        (Applet::Piv, Algorithm::P256),
+        (Applet::Piv, Algorithm::P384),
+    ] {
+        let bench = Bench::with_own_pin(Suite { applet, algorithm }).await?;
+        opensc::own_pin(&bench).await.with_context(|| format!("{:?}", bench.suite))?;
+    }
+    Ok(())
 }

@@ -90,6 +90,24 @@ async fn a_killed_client_gives_no_try_back() -> Result<()> {
     Ok(())
 }
 
+/// A PIN that was verified is not for whoever finds the guest's screen unlocked an hour later.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_card_forgets_the_pin() -> Result<()> {
+    let bench = Bench::new()?;
+    let args = [&["--forget-pin".to_owned(), "1".to_owned()], &bench.args()[..]].concat();
+    let client = Process::start("vscclient", args, &[("XDG_STATE_HOME", OsStr::new(bench.state.path()))])?;
+    let mut peer = bench.host.card().await?;
+    ensure!(peer.transmit(&verify(PIN)).await? == [0x90, 0x00], "{}", client.log());
+    // To ask is to use the card, so each pause is longer than the last.
+    let mut pause = Duration::from_millis(100);
+    while peer.transmit(&[0x00, 0x20, 0x00, 0x00]).await? != [0x63, 0xC3] {
+        ensure!(pause < Duration::from_secs(10), "the PIN is still verified: {}", client.log());
+        pause *= 2;
+        tokio::time::sleep(pause).await;
+    }
+    Ok(())
+}
+
 /// A disk that takes no more, or nothing at all, refuses VERIFY: with the right PIN, too, or guesses were free.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_or_read_only_disk_refuses_verify() -> Result<()> {

@@ -2,10 +2,12 @@
 
 use anyhow::{Result, ensure};
 use stack_tests::database::{NAMES, PIN};
+use stack_tests::{acknowledged_at_once, selects};
 
 use super::{Algorithm, Applet, Bench, MESSAGE, Suite, card, module};
 
 const CAC: Suite = Suite { applet: Applet::Cac, algorithm: Algorithm::Rsa };
+const PIV: Suite = Suite { applet: Applet::Piv, algorithm: Algorithm::Rsa };
 
 /// The statuses of answers that guest-pcsc printed.
 fn statuses(said: &str) -> Vec<&str> {
@@ -14,12 +16,15 @@ fn statuses(said: &str) -> Vec<&str> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reset_forgets_the_pin() -> Result<()> {
-    let bench = Bench::start(CAC).await?;
     let pin: String = PIN.bytes().map(|digit| format!("{digit:02X}")).collect();
-    let (verify, status) = (format!("0020000008{pin}FFFF"), "00200000");
-    let said =
-        bench.pcscd.ok(&format!("guest-pcsc transmit {status} {verify} {status} reset {status}")).await?;
-    ensure!(statuses(&said) == ["63C3", "9000", "9000", "reset", "63C3"], "{said}");
+    for (suite, reference) in [(CAC, "00"), (PIV, "80")] {
+        let bench = Bench::start(suite).await?;
+        let status = format!("002000{reference}");
+        let verify = format!("{status}08{pin}FFFF");
+        let said =
+            bench.pcscd.ok(&format!("guest-pcsc transmit {status} {verify} {status} reset {status}")).await?;
+        ensure!(statuses(&said) == ["63C3", "9000", "9000", "reset", "63C3"], "{suite:?}: {said}");
+    }
     Ok(())
 }
 
@@ -57,17 +62,24 @@ async fn a_command_of_one_byte_does_not_stop_the_reader() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_cards_in_two_readers() -> Result<()> {
-    let mut bench = Bench::start(CAC).await?;
+    two_cards(CAC).await?;
+    two_cards(PIV).await
+}
+
+async fn two_cards(suite: Suite) -> Result<()> {
+    let mut bench = Bench::start(suite).await?;
     let second =
-        card(&bench.pcscd, CAC, &bench.database, &["--card-name", "second", "vpcd:localhost,slot=1"])?;
+        card(&bench.pcscd, suite, &bench.database, &["--card-name", "second", "vpcd:localhost,slot=1"])?;
     bench.pcscd.card_in(1).await?;
     let said = bench.pcscd.ok(&format!("p11tool --provider {} --list-token-urls", module()?)).await?;
     let mut uris: Vec<&str> = said.lines().filter(|line| line.contains("serial=")).collect();
     uris.sort_unstable();
     uris.dedup();
     ensure!(uris.len() == 2, "{said}");
+    let said = bench.pkcs11("-L").await?;
+    ensure!(said.matches("serial num").count() == 2, "{said}");
     for reader in [0, 1] {
-        let id = CAC.ids()[0];
+        let id = suite.ids()[0];
         let sign =
             format!("--slot-index {reader} --sign -m SHA256-RSA-PKCS --id {id} -i message -o signature");
         bench.pkcs11(&sign).await?;
@@ -80,4 +92,11 @@ async fn two_cards_in_two_readers() -> Result<()> {
     bench.pcscd.card_in(1).await?;
     ensure!(!second.log().contains("WARN"), "{}", second.log());
     Ok(())
+}
+
+/// vpcd writes the length and the command apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn vpcd_is_acknowledged_at_once() -> Result<()> {
+    let bench = Bench::start(CAC).await?;
+    acknowledged_at_once(&bench.pcscd.ok(&selects()).await?)
 }

@@ -1,5 +1,6 @@
 //! Our PIV card in the host's pcscd, passed on raw into a guest; host and guest use it both.
 
+use std::cell::Cell;
 use std::fs::{Permissions, read, set_permissions, write};
 use std::os::unix::fs::PermissionsExt;
 
@@ -133,8 +134,9 @@ impl Bench {
         let events = events.with_context(|| status.clone())?;
         self.pcscd.ok("guest-pcsc reset").await?;
         // Only who uses the card learns of it.
-        self.guest.run(&format!("guest-pcsc transmit {QUESTION}")).await?;
-        self.guest.ok(&format!("guest-pcsc wait-card changed 30 0 {events}")).await?;
+        let told = self.guest.run(&format!("guest-pcsc transmit {QUESTION}")).await?;
+        let changed = self.guest.ok(&format!("guest-pcsc wait-card changed 30 0 {events}")).await;
+        changed.with_context(|| format!("{}{}", told.text(), self.passed.log()))?;
         self.comes().await?;
         self.used_in_the_guest().await
     }
@@ -144,10 +146,20 @@ impl Bench {
         let message = b"signed by the guest and by the host";
         self.guest.put("/tmp/message", message).await?;
         write(self.pcscd.path("message"), message)?;
-        // One side's session begins and ends with a reset; who has logged in just before does so again.
+        // The guest's session begins with a reset. Who has logged in just before, and only then, does so again.
         let script = |tool: &str| {
-            let sign = format!("{tool} {SIGN} signature-$round --pin {PIN}");
-            format!("for round in $(seq {count}); do {sign} || {sign} || exit 1; done")
+            let sign = format!("{tool} {SIGN} signature-$round --pin {PIN} 2>&1");
+            format!(
+                "again=no
+                 for round in $(seq {count}); do
+                     said=$({sign}) && continue
+                     case $again,$said in
+                         no,*CKR_USER_NOT_LOGGED_IN*) again=yes ;;
+                         *) echo \"$said\"; exit 1 ;;
+                     esac
+                     {sign} || exit 1
+                 done"
+            )
         };
         let mut host = self.pcscd.command("sh");
         host.arg("-c").arg(script(&format!("pkcs11-tool --module {}", module()?)));
@@ -163,6 +175,40 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// What the guest has selected stays selected while it is at work, however often a program of the host selects another
+/// application in between.
+async fn what_is_selected_stays(bench: &Bench) -> Result<()> {
+    // Far fewer than fill the four seconds after which it is a program of the host's turn.
+    const PAIRS: usize = 50;
+    // SELECT of the first PKI container, and GET PROPERTIES, which PIV does not know.
+    let (container, properties) = (stack_tests::SELECT, "8056010000");
+    // That asks the card, which it gets when the guest's last transaction is over: the one below is a new one.
+    let other = "opensc-tool -n";
+    bench.pcscd.ok(other).await?;
+    let pairs = format!("guest-pcsc transmit{}", format!(" {container} {properties}").repeat(PAIRS));
+    let done = Cell::new(false);
+    let guest = async {
+        let said = bench.guest.ok(&pairs).await;
+        done.set(true);
+        said.with_context(|| bench.passed.log())
+    };
+    let host = async {
+        while !done.get() {
+            // The guest's session may begin with a reset, which this may meet.
+            bench.pcscd.words(other).await?;
+        }
+        anyhow::Ok(())
+    };
+    let (said, ended) = tokio::join!(guest, host);
+    ended?;
+    let said = said?;
+    let answers = statuses(&said);
+    let found = |status: &&str| status.starts_with("61") || status.ends_with("9000");
+    ensure!(answers.len() == 2 * PAIRS && answers.iter().all(found), "{said}");
+    ensure!(answers.chunks(2).all(|pair| *pair == answers[..2]), "{said}");
+    Ok(())
 }
 
 /// OpenSC as a PKCS#11 module.
@@ -189,6 +235,7 @@ async fn a_piv_card_in_the_guest(way: Way) -> Result<()> {
     bench.used_in_the_guest().await?;
 
     bench.used_by_both(8).await?;
+    what_is_selected_stays(&bench).await?;
     if let Way::Passthru(_) = way {
         // Over usbredir the guest powers a card down that nobody uses: there is nothing to lose.
         bench.reset_by_the_host().await?;
