@@ -38,6 +38,7 @@ const USAGE: u8 = 2;
 const NO_CARD: u8 = 3;
 const DISCONNECTED: u8 = 4;
 const UNUSABLE: u8 = 5;
+const CARD_LOST: u8 = 6;
 
 /// For the card at the end. A PKCS#11 module may keep a thread for ever.
 const CLOSING: Duration = Duration::from_secs(2);
@@ -107,18 +108,17 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         Ok(runtime) => runtime,
         Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
     };
-    let console = Console { card: card.clone(), reader: spec.reader.clone(), level, wishes };
+    let console = Console { card: card.clone(), reader: spec.reader.clone(), level, wishes: wishes.clone() };
     let end = runtime.block_on(async {
         let channel = tokio::select! {
             channel = Channel::open(endpoint, connection.plaintext()) => channel,
             Some(Wish::Leave) = wanted.recv() => return End::Left,
         };
         match channel {
-            // With the connection, the guest or pcscd loses a card that is no more.
-            Ok(channel) => tokio::select! {
-                end = run(channel, card, spec, connection, console, &mut wanted) => end,
-                () = failed(card) => End::CardFailed,
-            },
+            Ok(channel) => {
+                let run = run(channel, card, spec, connection, console, &mut wanted);
+                session::until_failed(run, failed(card), &wishes).await
+            }
             Err(error) => End::Unusable(error),
         }
     });
@@ -128,7 +128,7 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         End::Left => LEFT,
         End::Disconnected => DISCONNECTED,
         End::Unusable(error) => fail(UNUSABLE, &error.to_string()),
-        End::CardFailed => fail(NO_CARD, "the card is gone by a fault in vscclient or its libraries"),
+        End::CardFailed => fail(CARD_LOST, "the card is gone by a fault in vscclient or its libraries"),
     }
 }
 

@@ -71,6 +71,26 @@ pub(crate) async fn run(
     }
 }
 
+/// Runs a session as long as its card has not failed. A card that has leaves as if the user wished so: a host that is not
+/// told keeps a card that answers nothing, even without a connection.
+pub(crate) async fn until_failed(
+    session: impl Future<Output = End>,
+    failed: impl Future<Output = ()>,
+    wishes: &mpsc::Sender<Wish>,
+) -> End {
+    let mut session = pin!(session);
+    tokio::select! {
+        end = &mut session => return end,
+        () = failed => {}
+    }
+    // Where there is no room for the wish, it has been wished before.
+    let _ = wishes.try_send(Wish::Leave);
+    match session.await {
+        End::Left => End::CardFailed,
+        end => end,
+    }
+}
+
 /// Where a host finds us or we find it: with the port that was taken for 0.
 pub(crate) fn place(channel: &Channel) -> String {
     match channel.local_address() {
