@@ -476,11 +476,9 @@ fn watch_signals() -> Result<Arc<Notify>, Failure> {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
-                // Nothing is to be read again, and no guest is to lose its card.
-                _ = hangup.recv() => {
-                    tracing::info!("SIGHUP: nothing to do");
-                    continue;
-                }
+                // Nothing is to be read again, and no guest is to lose its card. Nor is it told: a line for which there
+                // is no room would stop this thread.
+                _ = hangup.recv() => continue,
             }
             // The same signal often comes twice: to the process and to its group.
             if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
