@@ -11,15 +11,13 @@ mod session;
 mod vpcd;
 
 use std::io::{self, Write};
-use std::process::ExitCode;
-use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use emulated_card::process::{close, end, keep_memory_private};
 use emulated_card::setup::OpenCard;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use vscard_protocol::CardSource;
@@ -40,10 +38,7 @@ const DISCONNECTED: u8 = 4;
 const UNUSABLE: u8 = 5;
 const CARD_LOST: u8 = 6;
 
-/// For the card at the end. A PKCS#11 module may keep a thread for ever.
-const CLOSING: Duration = Duration::from_secs(2);
-
-fn main() -> ExitCode {
+fn main() {
     keep_memory_private();
     let cli = Cli::parse();
     let done = |result: Result<String, String>| match result {
@@ -71,13 +66,8 @@ fn main() -> ExitCode {
             }
         }
     };
-    ExitCode::from(status)
-}
-
-/// PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
-fn keep_memory_private() {
-    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    // Whatever it was, a module may have been loaded for it.
+    end(status.into())
 }
 
 fn fail(status: u8, message: &str) -> u8 {
@@ -85,7 +75,7 @@ fn fail(status: u8, message: &str) -> u8 {
     status
 }
 
-/// Ends the process when all is over; an exit status if it cannot begin.
+/// Until all is over; the exit status.
 fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
     let endpoint = match connection.endpoint() {
         Ok(endpoint) => endpoint,
@@ -98,7 +88,7 @@ fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
     };
     let status = show(&card, endpoint, spec, connection, level);
     close(card);
-    end(status)
+    status
 }
 
 fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Connection, level: Level) -> u8 {
@@ -137,28 +127,6 @@ async fn failed(card: &OpenCard) {
         Some(slot) => slot.failed().await,
         None => std::future::pending().await,
     }
-}
-
-/// Gives up the card, which waits for what its module is doing, but not for ever.
-fn close(card: OpenCard) {
-    let (closing, closed) = std::sync::mpsc::channel::<()>();
-    let close = move || {
-        drop(card);
-        drop(closing);
-    };
-    let thread = thread::Builder::new().name("close".into()).spawn(close);
-    if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
-        tracing::warn!("ended without a card whose module does not come back");
-    }
-}
-
-/// Ends the process, even if the exit handlers of a module wait for what hangs in it.
-fn end(status: u8) -> ! {
-    let _ = thread::Builder::new().name("end".into()).spawn(|| {
-        thread::sleep(CLOSING);
-        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
-    });
-    std::process::exit(status.into())
 }
 
 async fn run(
@@ -218,7 +186,7 @@ fn watch_signals(wishes: mpsc::Sender<Wish>) -> io::Result<()> {
                 let since: Instant = *leaving.get_or_init(Instant::now);
                 // The same signal often comes twice: to the process and to its group.
                 if since.elapsed() > Duration::from_secs(1) {
-                    end(KILLED);
+                    end(KILLED.into());
                 }
                 let _ = wishes.try_send(Wish::Leave);
             }
