@@ -2,10 +2,12 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+use emulated_card::state;
 
 use super::directory::{CARD_FILE, STATE};
 use super::{NewCardError, make_directory};
@@ -48,7 +50,7 @@ impl Building {
         &self.path
     }
 
-    /// Gives the card its place. After `Ok` it survives a power cut.
+    /// Gives the card its place. After `Ok` it survives a power cut, unless the user is told otherwise.
     pub(super) fn finish(self) -> Result<(), NewCardError> {
         let fail = |source| NewCardError::Io { path: self.card.clone(), source };
         sync(&self.path).map_err(fail)?;
@@ -80,11 +82,22 @@ impl Building {
                 });
             }
         }
-        sync_directory(&self.card).map_err(fail)?;
+        if let Err(error) = self.sync_place() {
+            // The card is there, whatever becomes of it in a power cut.
+            let _ = writeln!(
+                io::stderr(),
+                "vscclient: {}: {error}; a power cut may take the card",
+                self.card.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn sync_place(&self) -> io::Result<()> {
+        sync_directory(&self.card)?;
         match self.card.parent() {
             Some(parent) if self.made => {
-                let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-                sync_directory(parent).map_err(fail)
+                sync_directory(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
             }
             _ => Ok(()),
         }
@@ -119,18 +132,31 @@ fn is_building(name: &OsStr) -> bool {
 
 /// NSS's tools do not do so with all they write.
 fn sync(path: &Path) -> io::Result<()> {
-    if fs::symlink_metadata(path)?.is_dir() {
-        for entry in fs::read_dir(path)? {
-            sync(&entry?.path())?;
-        }
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return File::open(path)?.sync_all();
     }
-    File::open(path)?.sync_all()
+    for entry in fs::read_dir(path)? {
+        sync(&entry?.path())?;
+    }
+    sync_directory(path)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {
     match File::open(path) {
         // One that can be searched and not read cannot be opened.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        file => file?.sync_all(),
+        directory => state::sync_directory(&directory?),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_can_be_made_on_a_file_system_that_does_not_synchronise_directories() {
+        let directory = Path::new("/proc");
+        assert!(File::open(directory).unwrap().sync_all().is_err());
+        sync_directory(directory).unwrap();
     }
 }
