@@ -38,6 +38,9 @@ const DISCONNECTED: u8 = 4;
 const UNUSABLE: u8 = 5;
 const CARD_LOST: u8 = 6;
 
+/// The same signal often comes twice: to the process and to its group.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
+
 fn main() {
     keep_memory_private();
     let cli = Cli::parse();
@@ -184,8 +187,7 @@ fn watch_signals(wishes: mpsc::Sender<Wish>) -> io::Result<()> {
         runtime.spawn(async move {
             while signal.recv().await.is_some() {
                 let since: Instant = *leaving.get_or_init(Instant::now);
-                // The same signal often comes twice: to the process and to its group.
-                if since.elapsed() > Duration::from_secs(1) {
+                if since.elapsed() > SAME_SIGNAL {
                     end(KILLED.into());
                 }
                 let _ = wishes.try_send(Wish::Leave);
