@@ -6,8 +6,12 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use emulated_card::state;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use super::directory::{CARD_FILE, STATE};
 use super::{NewCardError, make_directory};
@@ -21,6 +25,8 @@ pub(super) struct Building {
     card: PathBuf,
     made: bool,
     path: PathBuf,
+    /// A lock, where the file system has such.
+    _in_use: Option<File>,
 }
 
 impl Building {
@@ -40,7 +46,7 @@ impl Building {
         let mut random = [0; 8];
         openssl::rand::rand_bytes(&mut random)?;
         let path = card.join(format!("{PREFIX}{:016x}", u64::from_be_bytes(random)));
-        let building = Self { card: card.to_owned(), made, path };
+        let building = Self { card: card.to_owned(), made, path, _in_use: tidy(card) };
         make_directory(&building.path)?;
         Ok(building)
     }
@@ -124,6 +130,29 @@ fn check_empty(card: &Path) -> Result<(), NewCardError> {
         }
     }
     Ok(())
+}
+
+/// Removes what killed makers of a card left behind, private keys among it, unless one that is alive works there: each
+/// has a shared lock on the card's directory, this one's being returned.
+fn tidy(card: &Path) -> Option<File> {
+    let directory = File::open(card).ok()?;
+    let lock = |operation| rustix::fs::flock(&directory, operation);
+    if lock(FlockOperation::NonBlockingLockExclusive).is_ok() {
+        for entry in fs::read_dir(card).into_iter().flatten().flatten() {
+            if is_building(&entry.file_name()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+    // Who tidies up is soon done; a lock that stays is of whoever started this program, and as good.
+    for _ in 0..100 {
+        match lock(FlockOperation::NonBlockingLockShared) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK) => thread::sleep(Duration::from_millis(10)),
+            Err(_) => break,
+        }
+    }
+    None
 }
 
 fn is_building(name: &OsStr) -> bool {
