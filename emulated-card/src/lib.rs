@@ -7,6 +7,8 @@ pub mod keys;
 #[cfg(feature = "pcsc")]
 pub mod pcsc;
 pub mod pin;
+#[cfg(unix)]
+pub mod process;
 #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
 pub mod setup;
 pub mod shell;

@@ -68,9 +68,11 @@ Exit status:
   0  ended by the user (SIGINT, SIGTERM or exit), the card taken out of the guest if it was in
   1  ended by a second signal, without waiting for the guest
   2  the command line is wrong
-  3  the card cannot be made: keys, certificate, PIN or state; or it was lost by a fault of vscclient
+  3  the card cannot be made: keys, certificate, PIN or state
   4  the connection failed or was lost, with --no-reconnect
-  5  the endpoint cannot be used at all";
+  5  the endpoint cannot be used at all
+  6  the card was lost by a fault of vscclient or its libraries; a new start brings it back
+A PKCS#11 module that hangs as the program ends is ended by SIGKILL, and that is the status then.";
 
 /// Puts a smartcard into a virtual machine
 #[derive(Debug, Parser)]

@@ -11,15 +11,13 @@ mod session;
 mod vpcd;
 
 use std::io::{self, Write};
-use std::process::ExitCode;
-use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use emulated_card::process::{close, end, keep_memory_private};
 use emulated_card::setup::OpenCard;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use vscard_protocol::CardSource;
@@ -38,11 +36,12 @@ const USAGE: u8 = 2;
 const NO_CARD: u8 = 3;
 const DISCONNECTED: u8 = 4;
 const UNUSABLE: u8 = 5;
+const CARD_LOST: u8 = 6;
 
-/// For the card at the end. A PKCS#11 module may keep a thread for ever.
-const CLOSING: Duration = Duration::from_secs(2);
+/// The same signal often comes twice: to the process and to its group.
+const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
-fn main() -> ExitCode {
+fn main() {
     keep_memory_private();
     let cli = Cli::parse();
     let done = |result: Result<String, String>| match result {
@@ -70,13 +69,8 @@ fn main() -> ExitCode {
             }
         }
     };
-    ExitCode::from(status)
-}
-
-/// PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
-fn keep_memory_private() {
-    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    // Whatever it was, a module may have been loaded for it.
+    end(status.into())
 }
 
 fn fail(status: u8, message: &str) -> u8 {
@@ -84,7 +78,7 @@ fn fail(status: u8, message: &str) -> u8 {
     status
 }
 
-/// Ends the process when all is over; an exit status if it cannot begin.
+/// Until all is over; the exit status.
 fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
     let endpoint = match connection.endpoint() {
         Ok(endpoint) => endpoint,
@@ -97,7 +91,7 @@ fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
     };
     let status = show(&card, endpoint, spec, connection, level);
     close(card);
-    end(status)
+    status
 }
 
 fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Connection, level: Level) -> u8 {
@@ -107,18 +101,17 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         Ok(runtime) => runtime,
         Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
     };
-    let console = Console { card: card.clone(), reader: spec.reader.clone(), level, wishes };
+    let console = Console { card: card.clone(), reader: spec.reader.clone(), level, wishes: wishes.clone() };
     let end = runtime.block_on(async {
         let channel = tokio::select! {
             channel = Channel::open(endpoint, connection.plaintext()) => channel,
             Some(Wish::Leave) = wanted.recv() => return End::Left,
         };
         match channel {
-            // With the connection, the guest or pcscd loses a card that is no more.
-            Ok(channel) => tokio::select! {
-                end = run(channel, card, spec, connection, console, &mut wanted) => end,
-                () = failed(card) => End::CardFailed,
-            },
+            Ok(channel) => {
+                let run = run(channel, card, spec, connection, console, &mut wanted);
+                session::until_failed(run, failed(card), &wishes).await
+            }
             Err(error) => End::Unusable(error),
         }
     });
@@ -128,7 +121,7 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         End::Left => LEFT,
         End::Disconnected => DISCONNECTED,
         End::Unusable(error) => fail(UNUSABLE, &error.to_string()),
-        End::CardFailed => fail(NO_CARD, "the card is gone by a fault in vscclient or its libraries"),
+        End::CardFailed => fail(CARD_LOST, "the card is gone by a fault in vscclient or its libraries"),
     }
 }
 
@@ -137,28 +130,6 @@ async fn failed(card: &OpenCard) {
         Some(slot) => slot.failed().await,
         None => std::future::pending().await,
     }
-}
-
-/// Gives up the card, which waits for what its module is doing, but not for ever.
-fn close(card: OpenCard) {
-    let (closing, closed) = std::sync::mpsc::channel::<()>();
-    let close = move || {
-        drop(card);
-        drop(closing);
-    };
-    let thread = thread::Builder::new().name("close".into()).spawn(close);
-    if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
-        tracing::warn!("ended without a card whose module does not come back");
-    }
-}
-
-/// Ends the process, even if the exit handlers of a module wait for what hangs in it.
-fn end(status: u8) -> ! {
-    let _ = thread::Builder::new().name("end".into()).spawn(|| {
-        thread::sleep(CLOSING);
-        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
-    });
-    std::process::exit(status.into())
 }
 
 async fn run(
@@ -216,9 +187,8 @@ fn watch_signals(wishes: mpsc::Sender<Wish>) -> io::Result<()> {
         runtime.spawn(async move {
             while signal.recv().await.is_some() {
                 let since: Instant = *leaving.get_or_init(Instant::now);
-                // The same signal often comes twice: to the process and to its group.
-                if since.elapsed() > Duration::from_secs(1) {
-                    end(KILLED);
+                if since.elapsed() > SAME_SIGNAL {
+                    end(KILLED.into());
                 }
                 let _ = wishes.try_send(Wish::Leave);
             }

@@ -8,14 +8,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream, Wire};
 use vscard_protocol::client::{Client, ClientConfig, CloseReason, Input, Notice, Output, Token};
-use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Presence, PresenceWatch, Response, T0};
+use vscard_protocol::{
+    Atr, Card, CardError, CardSource, Command, LogLines, Presence, PresenceWatch, Response, T0,
+};
 
 /// Bytes that may wait for a host that does not read.
 const MOST_UNSENT: usize = 64 * 1024;
 /// Between attempts to power a card that is in use, or fails.
 const BUSY: Duration = Duration::from_secs(1);
-/// Warnings about one connection.
-const MOST_WARNINGS: u32 = 64;
 
 /// What the user wants of a running session.
 #[derive(Debug)]
@@ -71,6 +71,26 @@ pub(crate) async fn run(
     }
 }
 
+/// Runs a session as long as its card has not failed. A card that has leaves as if the user wished so: a host that is not
+/// told keeps a card that answers nothing, even without a connection.
+pub(crate) async fn until_failed(
+    session: impl Future<Output = End>,
+    failed: impl Future<Output = ()>,
+    wishes: &mpsc::Sender<Wish>,
+) -> End {
+    let mut session = pin!(session);
+    tokio::select! {
+        end = &mut session => return end,
+        () = failed => {}
+    }
+    // Where there is no room for the wish, it has been wished before.
+    let _ = wishes.try_send(Wish::Leave);
+    match session.await {
+        End::Left => End::CardFailed,
+        end => end,
+    }
+}
+
 /// Where a host finds us or we find it: with the port that was taken for 0.
 pub(crate) fn place(channel: &Channel) -> String {
     match channel.local_address() {
@@ -98,7 +118,7 @@ struct Connection {
     card: Option<Powered>,
     sessions: u64,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
-    warnings: u32,
+    warnings: LogLines,
 }
 
 struct Shown {
@@ -139,7 +159,7 @@ impl Connection {
             card: None,
             sessions: 0,
             events: mpsc::channel(16),
-            warnings: 0,
+            warnings: LogLines::new(Instant::now()),
         }
     }
 
@@ -299,13 +319,8 @@ impl Connection {
                 tracing::info!("{notice}");
             }
             _ => {
-                self.warnings += 1;
-                match self.warnings {
-                    ..MOST_WARNINGS => tracing::warn!("{notice}"),
-                    MOST_WARNINGS => {
-                        tracing::warn!("{notice}; further ones of this connection are not shown")
-                    }
-                    _ => {}
+                if let Some(end) = self.warnings.next(Instant::now()) {
+                    tracing::warn!("{notice}{end}");
                 }
             }
         }

@@ -67,6 +67,12 @@ async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaint
             presence.changed().await;
             continue;
         };
+        if atr.as_bytes().is_empty() {
+            tracing::warn!("the card has no answer to reset, and vpcd takes none that is empty");
+            notify::ready("the card that is in has no answer to reset");
+            removed(&mut presence, insertion).await;
+            continue;
+        }
         // A channel of its own for each insertion: a card that is put in waits for nothing that was before.
         let mut channel = match Channel::open(endpoint.clone(), plaintext).await {
             Ok(channel) => channel,
@@ -86,7 +92,7 @@ async fn removed(presence: &mut PresenceWatch, insertion: u64) {
     }
 }
 
-/// One insertion.
+/// One insertion, of a card that has an answer to reset.
 struct Shown<'a> {
     source: &'a dyn CardSource,
     insertion: u64,
@@ -103,8 +109,6 @@ enum Lost {
     Broken(io::Error),
     #[error("vpcd waits for the answer to a command of one byte, which no card can give")]
     Silent,
-    #[error("the card has no answer to reset, and vpcd takes none that is empty")]
-    NoAtr,
     #[error("{0}")]
     Card(CardError),
 }
@@ -184,7 +188,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 notify::ready(&format!("the card is in pcscd's reader at {endpoint}"));
             }
             let answered = match question[..] {
-                [control::ATR] if shown.atr.as_bytes().is_empty() => return Err(Lost::NoAtr),
                 [control::ATR] => {
                     self.answer(shown.atr.as_bytes()).await?;
                     if ready == Ready::NotPowered && card.is_some() {

@@ -26,23 +26,29 @@ struct Service {
 
 impl Service {
     fn start(environment: &[(&str, &str)]) -> Self {
+        let mut service = Self::with(environment, &[]);
+        service.line("listening on unix-listen:");
+        service
+    }
+
+    fn with(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let module = path("stuck.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../ccid-device/tests/daemon/stuck.c");
         let mut compiler = Command::new("cc");
-        compiler.args(["-Wall", "-shared", "-fPIC", source, "-o"]).arg(&module);
+        // Not unloaded before the end of the process.
+        compiler.args(["-Wall", "-shared", "-fPIC", "-Wl,-z,nodelete", source, "-o"]).arg(&module);
         assert!(compiler.status().unwrap().success());
         let (log, stderr) = UnixStream::pair().unwrap();
         log.set_read_timeout(Some(NEVER)).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_vscclient"));
-        command.arg("--module").arg(&module).arg(format!("unix-listen:{}", path("vm.sock").display()));
+        command.arg("--module").arg(&module).args(arguments);
+        command.arg(format!("unix-listen:{}", path("vm.sock").display()));
         command.env("STUCK", path("now")).env("XDG_STATE_HOME", path("state")).envs(environment.to_vec());
         command.stdin(Stdio::null()).stderr(OwnedFd::from(stderr.try_clone().unwrap()));
         let process = command.spawn().unwrap();
-        let mut service = Self { directory, process, log: BufReader::new(log), stderr };
-        service.line("listening on unix-listen:");
-        service
+        Self { directory, process, log: BufReader::new(log), stderr }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -98,6 +104,13 @@ fn with_a_module_that_hangs_for_the_end_of_the_process_it_ends() {
     let mut service = Service::start(&[("STUCK_AT_EXIT", "1")]);
     service.hang();
     service.terminate();
+    assert_eq!(service.end(|_| {}).signal(), Some(Signal::KILL.as_raw()));
+}
+
+#[test]
+fn with_a_module_that_hangs_at_the_end_and_no_card_it_ends() {
+    let mut service = Service::with(&[("STUCK_AT_EXIT", "1")], &["--module", "/no/module.so"]);
+    service.line("/no/module.so");
     assert_eq!(service.end(|_| {}).signal(), Some(Signal::KILL.as_raw()));
 }
 

@@ -118,8 +118,19 @@ fn a_card_is_made_where_a_maker_was_killed() {
     place.tool("certutil", "kill -KILL $PPID; exit 1");
     assert_eq!(place.new_card().status.signal(), Some(9));
     fs::remove_file(place.path("bin/certutil")).unwrap();
+    // What is left has keys in it.
+    assert_eq!(place.entries("card").len(), 1);
     succeeded(&place.new_card());
-    assert!(place.path("card/card.toml").exists());
+    let entries = place.entries("card");
+    assert!(entries.contains(&"card.toml".into()), "{entries:?}");
+    assert!(!entries.iter().any(|name| name.starts_with('.')), "{entries:?}");
+}
+
+#[test]
+fn a_second_signal_ends_it_while_a_tool_hangs() {
+    let place = Place::new();
+    place.tool("certutil", "for _ in $(seq 600); do kill -TERM $PPID || exit 1; sleep 0.1; done");
+    assert_eq!(place.new_card().status.code(), Some(1));
 }
 
 #[test]

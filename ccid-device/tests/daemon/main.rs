@@ -137,6 +137,8 @@ fn a_second_signal_ends_it_at_once() {
     assert!(lines.any(|line| line.contains("a guest has it")));
     // What stops it is its next line, for which there is no room.
     while send(&stderr, b".", SendFlags::DONTWAIT).is_ok() {}
+    // Which does nothing, and stops nothing.
+    kill_process(daemon.pid, Signal::HUP).unwrap();
     let status = (0..600).find_map(|_| {
         daemon.terminate();
         daemon.ended.recv_timeout(NEVER / 600).ok()

@@ -132,7 +132,10 @@ pub(super) fn make_directory(path: &Path) -> io::Result<()> {
 
 /// Makes what was renamed or made in a directory survive a power cut, as far as its file system has that: some (FUSE, 9p,
 /// CIFS) say that a directory cannot be synchronised, and a card on them is not to be without a PIN for it.
-fn sync_directory(directory: &File) -> io::Result<()> {
+///
+/// # Errors
+/// The disk fails.
+pub fn sync_directory(directory: &File) -> io::Result<()> {
     match directory.sync_all() {
         Err(error) if is_unsupported(&error) => Ok(()),
         other => other,

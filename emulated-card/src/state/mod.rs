@@ -29,6 +29,7 @@ mod format;
 mod identity;
 mod record;
 
+pub use directory::sync_directory;
 use directory::{Directory, make_directory};
 pub(crate) use format::Contents;
 pub use identity::{CardClaim, CardId, TokenClaim};

@@ -2,10 +2,16 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use emulated_card::state;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use super::directory::{CARD_FILE, STATE};
 use super::{NewCardError, make_directory};
@@ -19,6 +25,8 @@ pub(super) struct Building {
     card: PathBuf,
     made: bool,
     path: PathBuf,
+    /// A lock, where the file system has such.
+    _in_use: Option<File>,
 }
 
 impl Building {
@@ -38,7 +46,7 @@ impl Building {
         let mut random = [0; 8];
         openssl::rand::rand_bytes(&mut random)?;
         let path = card.join(format!("{PREFIX}{:016x}", u64::from_be_bytes(random)));
-        let building = Self { card: card.to_owned(), made, path };
+        let building = Self { card: card.to_owned(), made, path, _in_use: tidy(card) };
         make_directory(&building.path)?;
         Ok(building)
     }
@@ -48,7 +56,7 @@ impl Building {
         &self.path
     }
 
-    /// Gives the card its place. After `Ok` it survives a power cut.
+    /// Gives the card its place. After `Ok` it survives a power cut, unless the user is told otherwise.
     pub(super) fn finish(self) -> Result<(), NewCardError> {
         let fail = |source| NewCardError::Io { path: self.card.clone(), source };
         sync(&self.path).map_err(fail)?;
@@ -80,11 +88,22 @@ impl Building {
                 });
             }
         }
-        sync_directory(&self.card).map_err(fail)?;
+        if let Err(error) = self.sync_place() {
+            // The card is there, whatever becomes of it in a power cut.
+            let _ = writeln!(
+                io::stderr(),
+                "vscclient: {}: {error}; a power cut may take the card",
+                self.card.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn sync_place(&self) -> io::Result<()> {
+        sync_directory(&self.card)?;
         match self.card.parent() {
             Some(parent) if self.made => {
-                let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-                sync_directory(parent).map_err(fail)
+                sync_directory(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
             }
             _ => Ok(()),
         }
@@ -113,24 +132,60 @@ fn check_empty(card: &Path) -> Result<(), NewCardError> {
     Ok(())
 }
 
+/// Removes what killed makers of a card left behind, private keys among it, unless one that is alive works there: each
+/// has a shared lock on the card's directory, this one's being returned.
+fn tidy(card: &Path) -> Option<File> {
+    let directory = File::open(card).ok()?;
+    let lock = |operation| rustix::fs::flock(&directory, operation);
+    if lock(FlockOperation::NonBlockingLockExclusive).is_ok() {
+        for entry in fs::read_dir(card).into_iter().flatten().flatten() {
+            if is_building(&entry.file_name()) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+    // Who tidies up is soon done; a lock that stays is of whoever started this program, and as good.
+    for _ in 0..100 {
+        match lock(FlockOperation::NonBlockingLockShared) {
+            Ok(()) => return Some(directory),
+            Err(Errno::WOULDBLOCK) => thread::sleep(Duration::from_millis(10)),
+            Err(_) => break,
+        }
+    }
+    None
+}
+
 fn is_building(name: &OsStr) -> bool {
     name.as_bytes().starts_with(PREFIX.as_bytes())
 }
 
 /// NSS's tools do not do so with all they write.
 fn sync(path: &Path) -> io::Result<()> {
-    if fs::symlink_metadata(path)?.is_dir() {
-        for entry in fs::read_dir(path)? {
-            sync(&entry?.path())?;
-        }
+    if !fs::symlink_metadata(path)?.is_dir() {
+        return File::open(path)?.sync_all();
     }
-    File::open(path)?.sync_all()
+    for entry in fs::read_dir(path)? {
+        sync(&entry?.path())?;
+    }
+    sync_directory(path)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {
     match File::open(path) {
         // One that can be searched and not read cannot be opened.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        file => file?.sync_all(),
+        directory => state::sync_directory(&directory?),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_can_be_made_on_a_file_system_that_does_not_synchronise_directories() {
+        let directory = Path::new("/proc");
+        assert!(File::open(directory).unwrap().sync_all().is_err());
+        sync_directory(directory).unwrap();
     }
 }

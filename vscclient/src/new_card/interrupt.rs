@@ -5,12 +5,15 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::thread;
+use std::time::Instant;
 
+use emulated_card::process::end;
 use tokio::runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-/// Does the work, and tells it of a signal that asks the program to end.
+/// Does the work, and tells it of a signal that asks the program to end. The work may wait for a tool that hangs: another
+/// signal ends the program at once.
 pub(super) fn watched<T>(work: impl FnOnce(&AtomicBool) -> T) -> io::Result<T> {
     let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
@@ -26,14 +29,28 @@ pub(super) fn watched<T>(work: impl FnOnce(&AtomicBool) -> T) -> io::Result<T> {
         let _working = working;
         scope.spawn(|| {
             runtime.block_on(async {
-                let came = poll_fn(|context| {
-                    match signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready()) {
-                        true => Poll::Ready(()),
-                        false => Poll::Pending,
+                let mut came = async || {
+                    poll_fn(|context| {
+                        match signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready()) {
+                            true => Poll::Ready(()),
+                            false => Poll::Pending,
+                        }
+                    })
+                    .await;
+                };
+                let watch = async {
+                    came().await;
+                    interrupted.store(true, Ordering::Relaxed);
+                    let first = Instant::now();
+                    loop {
+                        came().await;
+                        if first.elapsed() > crate::SAME_SIGNAL {
+                            end(crate::KILLED.into());
+                        }
                     }
-                });
+                };
                 tokio::select! {
-                    () = came => interrupted.store(true, Ordering::Relaxed),
+                    () = watch => {}
                     _ = done => {}
                 }
             });

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 use vscard_protocol::chardev::Plaintext;
 use vscard_protocol::codec::{self, Decoder};
@@ -83,7 +83,9 @@ struct Host {
     stream: UnixStream,
     decoder: Decoder,
     unread: Vec<u8>,
-    _wishes: mpsc::Sender<Wish>,
+    /// Dropped, the card fails.
+    card: Option<oneshot::Sender<()>>,
+    end: JoinHandle<End>,
     _directory: TempDir,
 }
 
@@ -96,10 +98,15 @@ impl Host {
         let channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.unwrap();
         let config =
             ClientConfig { answer_deadline: Duration::from_millis(100), ..ClientConfig::new("test") };
-        let (_wishes, mut wanted) = mpsc::channel(1);
-        tokio::spawn(async move { run(source, channel, config, false, &mut wanted).await });
+        let (card, failed) = oneshot::channel::<()>();
+        let end = tokio::spawn(async move {
+            let (wishes, mut wanted) = mpsc::channel(1);
+            let failed = async { drop(failed.await) };
+            until_failed(run(source, channel, config, false, &mut wanted), failed, &wishes).await
+        });
         let (stream, _) = listener.accept().await.unwrap();
-        Self { stream, decoder: Decoder::new(258), unread: Vec::new(), _wishes, _directory: directory }
+        let (decoder, unread, card) = (Decoder::new(258), Vec::new(), Some(card));
+        Self { stream, decoder, unread, card, end, _directory: directory }
     }
 
     async fn send(&mut self, reader: ReaderId, body: Body) {
@@ -164,4 +171,21 @@ async fn what_the_host_gave_up_is_not_done_when_a_card_wakes() {
     source.done.wake.add_permits(1);
     while !host.answered(4).await {}
     assert_eq!(*source.done.instructions.lock().unwrap(), [HANG, 4]);
+}
+
+#[tokio::test]
+async fn a_card_that_failed_leaves_the_host_which_gets_its_answer_too() {
+    let mut host = Host::new(Source::new([])).await;
+    host.inserted().await;
+    host.send(ReaderId::FIRST, Body::Apdu(Secret::new(vec![0, HANG, 0, 0, 0]))).await;
+    drop(host.card.take());
+    let (mut answered, mut removed) = (false, false);
+    while !(answered && removed) {
+        match host.told().await {
+            Body::CardRemove => removed = true,
+            _ => answered = true,
+        }
+    }
+    drop(host.stream);
+    assert!(matches!(host.end.await.unwrap(), End::CardFailed));
 }

@@ -228,22 +228,6 @@ async fn a_card_that_does_not_answer_is_taken_out() {
     assert!(got.is_empty() && matches!(lost, Lost::Card(CardError::Removed)), "{lost}");
 }
 
-#[tokio::test]
-async fn a_card_without_an_atr_is_taken_out() {
-    let source = Source::new(present(1));
-    let (ours, mut theirs) = duplex(64);
-    theirs.write_all(&frame(&[control::ATR])).await.unwrap();
-    theirs.shutdown().await.unwrap();
-    let shown = Shown { source: &*source, insertion: 1, atr: Atr::from_card(&[]), limits: Limits::EXTENDED };
-    let lost = {
-        let mut connection = Connection { stream: ours, quick_ack: |_| () };
-        let Err(lost) = connection.serve(&shown, &endpoint("vpcd:").unwrap()).await;
-        lost
-    };
-    assert!(matches!(lost, Lost::NoAtr), "{lost}");
-    assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0);
-}
-
 /// A running adapter, and the vpcd it connects to.
 struct Bench {
     source: Arc<Source>,
@@ -301,6 +285,16 @@ async fn insertion_and_removal_are_connections() {
     is_closed(third).await;
     assert!(matches!(bench.end.await.unwrap(), End::Left));
     assert_eq!(bench.source.sessions(), (3, 0));
+}
+
+#[tokio::test]
+async fn a_card_without_an_atr_is_not_put_in() {
+    let atr = Atr::from_card(&[]);
+    let bench = Bench::new(Presence::Present { insertion: 1, atr, limits: Limits::EXTENDED }, true).await;
+    assert!(timeout(QUIET, bench.vpcd.accept()).await.is_err());
+    bench.source.presence.send_replace(present(2));
+    bench.card().await;
+    assert_eq!(bench.source.sessions(), (1, 1));
 }
 
 #[tokio::test]

@@ -8,16 +8,14 @@ mod spec;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
-use std::process::exit;
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
+use emulated_card::process::{close, end, keep_memory_private};
 use emulated_card::setup::{OpenCard, SetupError};
-use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -35,9 +33,6 @@ const KILLED: i32 = 1;
 const USAGE: i32 = 2;
 const NO_CARD: i32 = 3;
 const UNUSABLE: i32 = 5;
-
-/// For the cards at the end. A PKCS#11 module may keep a thread for ever.
-const CLOSING: Duration = Duration::from_secs(2);
 
 const AFTER_HELP: &str = "\
 Readers: --reader KIND,[OPTIONS,]ENDPOINT
@@ -95,7 +90,8 @@ Exit status:
   1  ended by a second signal, without waiting
   2  the command line is wrong
   3  a card cannot be made: keys, certificate, PIN or state
-  5  an endpoint cannot be used";
+  5  an endpoint cannot be used
+A PKCS#11 module that hangs as the program ends is ended by SIGKILL, and that is the status then.";
 
 /// USB smartcard readers for virtual machines, with cards in them
 #[derive(Debug, Parser)]
@@ -134,9 +130,7 @@ impl Failure {
 }
 
 fn main() {
-    // PINs, passwords and keys are in this process: no core file, no debugger of another process of the user.
-    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    keep_memory_private();
     let cli = Cli::parse();
     let level = match cli.verbose {
         0 => LevelFilter::INFO,
@@ -167,28 +161,6 @@ fn main() {
     };
     close(cards);
     end(status);
-}
-
-/// Gives up the cards, which waits for what their modules are doing, but not for ever.
-fn close(cards: Vec<OpenCard>) {
-    let (closing, closed) = std::sync::mpsc::channel::<()>();
-    let close = move || {
-        drop(cards);
-        drop(closing);
-    };
-    let thread = std::thread::Builder::new().name("close".into()).spawn(close);
-    if thread.is_ok() && closed.recv_timeout(CLOSING) == Err(RecvTimeoutError::Timeout) {
-        tracing::warn!("ended without a card whose module does not come back");
-    }
-}
-
-/// Ends the process, even if the exit handlers of a module wait for what hangs in it.
-fn end(status: i32) -> ! {
-    let _ = std::thread::Builder::new().name("end".into()).spawn(|| {
-        std::thread::sleep(CLOSING);
-        let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
-    });
-    exit(status)
 }
 
 /// Which card goes where: for each reader, by slot.
@@ -476,11 +448,9 @@ fn watch_signals() -> Result<Arc<Notify>, Failure> {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
-                // Nothing is to be read again, and no guest is to lose its card.
-                _ = hangup.recv() => {
-                    tracing::info!("SIGHUP: nothing to do");
-                    continue;
-                }
+                // Nothing is to be read again, and no guest is to lose its card. Nor is it told: a line for which there
+                // is no room would stop this thread.
+                _ = hangup.recv() => continue,
             }
             // The same signal often comes twice: to the process and to its group.
             if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
