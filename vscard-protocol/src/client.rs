@@ -43,7 +43,8 @@ const ZERO_PACE_EXACT: Duration = Duration::from_millis(250);
 /// Zero bytes sent before the stream is left alone: more than the longest message a client sends (12 + 258)
 /// and a header; a multiple of 12, so that a healthy host behind a backlog reads whole messages.
 const MOST_ZEROS: u32 = 288;
-/// Between the Error that fails a pending APDU and CardRemove.
+/// Between an answer, such as the Error that fails a pending APDU, and CardRemove. QEMU does not give the guest one
+/// that is followed at once.
 const FAIL_TO_REMOVE: Duration = Duration::from_millis(500);
 /// Between CardRemove and ATR; guests poll for a missing card about twice a second.
 const REMOVE_TO_INSERT: Duration = Duration::from_secs(1);
@@ -275,6 +276,8 @@ pub struct Client {
     slot: Slot,
     /// When the slot may take its next step.
     slot_at: Option<Instant>,
+    /// When the card last answered, or did not.
+    answered_at: Option<Instant>,
     /// What the acknowledgement awaited belongs to, and until when it is awaited.
     ack: Option<(MessageType, Instant)>,
     reader: ReaderId,
@@ -307,6 +310,7 @@ impl Client {
             owed: 0,
             slot: Slot::Unknown,
             slot_at: None,
+            answered_at: None,
             ack: None,
             reader: ReaderId::FIRST,
             wanted: None,
@@ -332,7 +336,7 @@ impl Client {
                 self.wanted = Some(atr);
             }
             Input::Removed => self.wanted = None,
-            Input::Answer(token, response) => self.answered(token, response),
+            Input::Answer(token, response) => self.answered(token, response, now),
             Input::Powered(token, atr) => self.powered(token, atr),
             Input::Leave => self.leave(now),
         }
@@ -368,6 +372,7 @@ impl Client {
         }
         while self.pending.front().is_some_and(|pending| pending.deadline <= now) {
             self.pending.pop_front();
+            self.answered_at = Some(now);
             self.notice(Notice::NotAnswered);
             self.send_error();
         }
@@ -571,8 +576,11 @@ impl Client {
                 Slot::Present if self.wanted.is_none() || self.swapped || self.leaving.is_some() => {
                     self.slot = Slot::Failing;
                     if self.fail_pending() > 0 {
-                        self.slot_at = Some(now + FAIL_TO_REMOVE);
-                    } else {
+                        self.answered_at = Some(now);
+                    }
+                    let removable = self.answered_at.take().map(|at| at + FAIL_TO_REMOVE);
+                    self.slot_at = removable.filter(|at| *at > now);
+                    if self.slot_at.is_none() {
                         return self.advance(now);
                     }
                 }
@@ -717,10 +725,11 @@ impl Client {
         is_front
     }
 
-    fn answered(&mut self, token: Token, response: Option<Response>) {
+    fn answered(&mut self, token: Token, response: Option<Response>, now: Instant) {
         if !self.take_front(token) {
             return;
         }
+        self.answered_at = Some(now);
         let most = self
             .extension
             .map_or(MOST_RESPONSE, |host| host.response.min(MAX_EXTENDED_PAYLOAD as u32) as usize);

@@ -302,6 +302,23 @@ fn removal_fails_what_is_pending_first() {
     assert_eq!(bench.qemu.seen, ["failed", "removed", "inserted"]);
 }
 
+/// A card that is gone says so first, and then that it is gone.
+#[test]
+fn removal_leaves_time_for_the_last_answer() {
+    for answer in [None, Some(StatusWord::SUCCESS.into())] {
+        let mut bench = Bench::present(Qemu::default());
+        bench.apdu(&[0, 0xA4, 4, 0]);
+        let (token, _) = bench.commands[0];
+        bench.client.handle(Input::Answer(token, answer), bench.now);
+        bench.client.handle(Input::Removed, bench.now);
+        let start = bench.now;
+        bench.pump();
+        assert_eq!(bench.qemu.seen.len(), 1);
+        bench.run_until("removal", |bench| bench.qemu.card.is_none());
+        assert_eq!(bench.now - start, FAIL_TO_REMOVE);
+    }
+}
+
 #[test]
 fn another_card_is_a_removal_and_an_insertion() {
     let mut bench = Bench::present(Qemu::default());
