@@ -393,16 +393,15 @@ fn wrong_pins_are_counted() {
     assert!(matches!(verify(PIN).err(), Some(PinError::Blocked)));
     assert!(matches!(reference.without_pin(&*store).err(), Some(PinError::NotSupported)));
     // Whoever comes anew finds it so.
-    assert_eq!(self::reference(&host, &store).tries_left().unwrap(), 0);
-    let reference = self::reference(&host, &store);
-    assert!(matches!(
-        reference.verify(&Secret::from(PIN.as_bytes()), &*store).err(),
-        Some(PinError::Blocked)
-    ));
-    assert!(matches!(self::reference(&host, &store).tries_left(), Ok(0)));
+    let later = self::reference(&host, &store);
+    assert_eq!(later.tries_left().unwrap(), 0);
+    let refused = later.verify(&Secret::from(PIN.as_bytes()), &*store).err();
+    assert!(matches!(refused, Some(PinError::Blocked)));
+    assert_eq!(later.tries_left().unwrap(), 0);
     // SoftHSM tells other programs that there were wrong PINs, until one of them gives the right one.
     host.log_in("card");
     assert_eq!(reference.tries_left().unwrap(), 3);
+    assert_eq!(later.tries_left().unwrap(), 0, "it was not told of the wrong ones");
     assert!(matches!(
         reference.verify(&Secret::from(&b"000000"[..]), &*store).err(),
         Some(PinError::Wrong { left: 2 })
@@ -453,9 +452,35 @@ fn a_token_that_cannot_be_asked_has_no_try_for_a_guest() {
     assert_eq!((store.tries_hint(), store.was_wrong()), (Some(1), None));
 }
 
+#[test]
+fn what_another_token_says_is_not_believed() {
+    let Some(host) = in_a_process_with_softhsm("what_another_token_says_is_not_believed") else { return };
+    let object = |label: &str| {
+        let before: Vec<_> = directories(&host);
+        host.make_token(label, &[Entry { name: "key", id: "01", ..PLAIN }]);
+        let new = directories(&host).into_iter().find(|path| !before.contains(path)).unwrap();
+        new.join("token.object")
+    };
+    let (first, other) = (object("card"), object("other"));
+    let token = host.tokens().into_iter().find(|token| token.label() == "card").unwrap();
+    let store = Arc::new(TokenStore::open(&token, &host.state()).unwrap());
+    let reference = reference(&host, &store);
+    assert!(reference.verify(&Secret::from(&b"000000"[..]), &*store).is_err());
+    assert_eq!((store.was_wrong(), reference.tries_left().unwrap()), (Some(true), 2));
+    // It is in the same slot now, before anybody noticed.
+    fs::copy(other, first).unwrap();
+    assert_eq!((store.tries_hint(), store.was_wrong()), (Some(1), None));
+    assert_eq!(reference.tries_left().unwrap(), 1);
+}
+
+fn directories(host: &Host) -> Vec<PathBuf> {
+    fs::read_dir(host.path("tokens")).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
 /// A token for which no PIN is right.
 struct Flags {
     was_wrong: Mutex<Option<bool>>,
+    refusal: Mutex<UnlockError>,
 }
 
 impl KeyStore for Flags {
@@ -472,8 +497,13 @@ impl KeyStore for Flags {
     }
 
     fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
-        Err(UnlockError::Wrong)
+        Err(self.refusal.lock().unwrap().clone())
     }
+}
+
+/// A token that says that after a wrong PIN.
+fn flags(was_wrong: Option<bool>) -> Arc<Flags> {
+    Arc::new(Flags { was_wrong: Mutex::new(was_wrong), refusal: Mutex::new(UnlockError::Wrong) })
 }
 
 #[test]
@@ -490,18 +520,36 @@ fn a_token_that_never_told_of_wrong_pins_tells_of_no_right_one() {
     .into_iter()
     .enumerate()
     {
-        let store = Arc::new(Flags { was_wrong: Mutex::new(after) });
+        let store = flags(after);
         let state = StateDirectory::at(directory.path().join("state"));
         let reference =
             || ReferenceData::of_token(&state, &at.to_string(), Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        let first = reference();
         for _ in 0..2 {
-            assert!(reference().verify(&Secret::from(PIN.as_bytes()), &*store).is_err());
+            assert!(first.verify(&Secret::from(PIN.as_bytes()), &*store).is_err());
         }
         *store.was_wrong.lock().unwrap() = later;
-        assert_eq!(reference().tries_left().unwrap(), left, "{after:?}, then {later:?}");
-        let error = reference().verify(&Secret::from(PIN.as_bytes()), &*store).err();
+        assert_eq!(first.tries_left().unwrap(), left, "{after:?}, then {later:?}");
+        assert_eq!(reference().tries_left().unwrap(), 1, "put in again, or after a restart");
+        let error = first.verify(&Secret::from(PIN.as_bytes()), &*store).err();
         assert!(matches!(error, Some(PinError::Wrong { left: now }) if now == left - 1), "{error:?}");
     }
+}
+
+#[test]
+fn a_pin_that_was_not_compared_gives_no_tries_back() {
+    let directory = TempDir::new().unwrap();
+    let state = StateDirectory::at(directory.path().join("state"));
+    let store = flags(Some(true));
+    let reference = || ReferenceData::of_token(&state, "any", Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+    let first = reference();
+    let verify = || first.verify(&Secret::from(PIN.as_bytes()), &*store).err();
+    assert!(matches!(verify(), Some(PinError::Wrong { left: 2 })));
+    assert!(matches!(verify(), Some(PinError::Wrong { left: 1 })));
+    *store.was_wrong.lock().unwrap() = Some(false);
+    *store.refusal.lock().unwrap() = UnlockError::NotChecked("removed".into());
+    assert!(matches!(verify(), Some(PinError::NotChecked(_))));
+    assert_eq!(reference().tries_left().unwrap(), 1);
 }
 
 #[test]

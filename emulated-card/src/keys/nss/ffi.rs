@@ -471,6 +471,14 @@ pub(super) struct TokenInfo {
 }
 
 impl TokenInfo {
+    /// Whether both are of one token, as far as that can be told.
+    pub(super) fn is_of_same_token(&self, other: &Self) -> bool {
+        let name = |info: &Self| {
+            [&info.label, &info.manufacturer, &info.model, &info.serial_number].map(String::clone)
+        };
+        name(self) == name(other)
+    }
+
     /// CKF_TOKEN_INITIALIZED.
     pub(super) fn is_initialized(&self) -> bool {
         self.flags & 0x400 != 0

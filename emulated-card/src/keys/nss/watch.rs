@@ -41,9 +41,15 @@ impl Token {
         self.info.needs_login()
     }
 
-    /// What the token says of itself now, if it does.
+    /// What the token says of itself now, if it does; nothing once it is out.
     pub(super) fn current_info(&self) -> Option<TokenInfo> {
-        self.slot.token_info().ok()
+        // The slot answers for whatever is in it, and NSS remembers its presence for a while.
+        let is_this = |info: &TokenInfo| info.is_of_same_token(&self.info) && self.is_in();
+        if self.is_in() { self.slot.token_info().ok().filter(is_this) } else { None }
+    }
+
+    fn is_in(&self) -> bool {
+        self.slot.is_present() && self.slot.series() == self.series
     }
 
     /// What there is one of at a time, whatever slot it is in and whatever module reaches it: only a token without a
