@@ -489,8 +489,8 @@ impl CardSetup {
             let reference = ReferenceData::of_token(&state, &name, store.clone(), DEFAULT_TRIES);
             match reference.tries_left() {
                 Ok(left) if left <= keep => tracing::warn!(
-                    "no try of the token's PIN is left for the guest, until the right one is given on the host; \
-                     `vscclient unlock` is for tokens that do not tell of that"
+                    "no try of the token's PIN is left for the guest, until `vscclient unlock`, or, if the token has \
+                     few tries left itself, until the right PIN is given on the host"
                 ),
                 Ok(_) => {}
                 Err(error) => tracing::warn!("every PIN will be refused: {error}"),

@@ -385,6 +385,11 @@ fn wrong_pins_are_counted() {
     let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store);
     assert!(matches!(verify("000000").err(), Some(PinError::Wrong { left: 2 })));
     assert_eq!(reference.tries_left().unwrap(), 2);
+    // SoftHSM's have 4 to 255 bytes.
+    for unfit in ["123", &"1".repeat(256)] {
+        assert!(matches!(verify(unfit).err(), Some(PinError::NotChecked(_))));
+    }
+    assert_eq!(reference.tries_left().unwrap(), 2);
     drop(verify(PIN).unwrap());
     assert_eq!(reference.tries_left().unwrap(), 3);
     for left in [2, 1, 0] {
