@@ -144,6 +144,19 @@ pub struct OpenCard {
     /// The slot of a card that can be inserted and removed here, not inserted yet; a token or a card in a host
     /// reader comes and goes by itself.
     pub slot: Option<Arc<CardSlot>>,
+    token: Option<Arc<TokenCard>>,
+}
+
+impl OpenCard {
+    /// Waits until a fault in the program or in its libraries (a panic) has taken the card away for good. For ever if
+    /// there is none, and for a card in a host reader.
+    pub async fn failed(&self) {
+        match (&self.slot, &self.token) {
+            (Some(slot), _) => slot.failed().await,
+            (None, Some(token)) => token.failed().await,
+            (None, None) => std::future::pending().await,
+        }
+    }
 }
 
 /// Why there is no card. The messages name the option, file or directory.
@@ -341,7 +354,7 @@ impl CardSetup {
         slot.forget_pin(self.forget_pin);
         let slot = Arc::new(slot);
         let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0));
-        Ok(OpenCard { source, slot: Some(slot) })
+        Ok(OpenCard { source, slot: Some(slot), token: None })
     }
 
     /// Gives a blocked PIN (and PUK) all its tries back, even while the card is open; says what was done. A card with
@@ -498,8 +511,9 @@ impl CardSetup {
             Ok(setup.make(store, reference, id)?)
         };
         let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
-        let source = keep_tries(Arc::new(card), keep);
-        Ok(OpenCard { source, slot: None })
+        let card = Arc::new(card);
+        let source = keep_tries(card.clone(), keep);
+        Ok(OpenCard { source, slot: None, token: Some(card) })
     }
 
     /// The slots that were asked for.
@@ -642,7 +656,7 @@ impl RawSetup {
     pub fn open(&self) -> Result<OpenCard, SetupError> {
         let card = PcscSource::open(self.config.clone()).map_err(SetupError::Thread)?;
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
-        Ok(OpenCard { source, slot: None })
+        Ok(OpenCard { source, slot: None, token: None })
     }
 }
 

@@ -618,6 +618,43 @@ fn card_on_one_of(
     TokenCard::open(modules, wanted.map(str::to_owned), host.state(), None, Box::new(make))
 }
 
+/// A store whose PIN check is a fault.
+struct Faulty(Arc<TokenStore>);
+
+impl KeyStore for Faulty {
+    fn certificates(&self) -> &[emulated_card::keys::Certificate] {
+        self.0.certificates()
+    }
+
+    fn needs_secret(&self) -> bool {
+        true
+    }
+
+    fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        panic!("a fault in a module")
+    }
+}
+
+#[tokio::test]
+async fn a_fault_takes_the_card_on_a_token_away_and_is_told() {
+    let Some(host) = in_a_process_with_softhsm("a_fault_takes_the_card_on_a_token_away_and_is_told") else {
+        return;
+    };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let make = |store: Arc<TokenStore>| {
+        let id = CardId::derive(store.certificates(), "");
+        let options = CardOptions { profile: Profile::Cac, slots: slot::assign(store.certificates(), &[])? };
+        let (store, reference) = (Arc::new(Faulty(store)), Arc::new(ReferenceData::in_memory(3)));
+        Ok(EmulatedCard::new(store, reference, id, options, Box::new(|bytes| bytes.fill(7)))?)
+    };
+    let card = TokenCard::open(&[module()], None, host.state(), None, Box::new(make)).unwrap();
+    let mut session = card.power_on(1).await.unwrap();
+    let verify = Apdu::parse(b"\x00\x20\x00\x00\x06123456").unwrap();
+    assert!(session.transmit(&verify).await.is_err());
+    tokio::time::timeout(std::time::Duration::from_secs(30), card.failed()).await.unwrap();
+    assert_eq!(card.presence().get(), Presence::Absent);
+}
+
 #[tokio::test]
 async fn a_token_is_a_card() {
     let Some(host) = in_a_process_with_softhsm("a_token_is_a_card") else { return };

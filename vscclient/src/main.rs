@@ -117,7 +117,7 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
             // With the connection, the guest or pcscd loses a card that is no more.
             Ok(channel) => tokio::select! {
                 end = run(channel, card, spec, connection, console, &mut wanted) => end,
-                () = failed(card) => End::CardFailed,
+                () = card.failed() => End::CardFailed,
             },
             Err(error) => End::Unusable(error),
         }
@@ -129,13 +129,6 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         End::Disconnected => DISCONNECTED,
         End::Unusable(error) => fail(UNUSABLE, &error.to_string()),
         End::CardFailed => fail(NO_CARD, "the card is gone by a fault in vscclient or its libraries"),
-    }
-}
-
-async fn failed(card: &OpenCard) {
-    match &card.slot {
-        Some(slot) => slot.failed().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -52,6 +52,11 @@ impl Token {
         self.slot.is_present() && self.slot.series() == self.series
     }
 
+    /// Whether the same module reaches both.
+    pub(crate) fn has_module_of(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.module.loaded, &other.module.loaded)
+    }
+
     /// What there is one of at a time, whatever slot it is in and whatever module reaches it: only a token without a
     /// serial number is told from others by these.
     pub(crate) fn name(&self) -> String {
@@ -63,8 +68,7 @@ impl Token {
 
 impl PartialEq for Token {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.module.loaded, &other.module.loaded)
-            && (self.slot.id(), self.series) == (other.slot.id(), other.series)
+        self.has_module_of(other) && (self.slot.id(), self.series) == (other.slot.id(), other.series)
     }
 }
 
