@@ -297,6 +297,9 @@ pub enum SetupError {
         .0.display()
     )]
     NothingToUnlock(PathBuf),
+    /// No try of a token's PIN is counted.
+    #[error("no try of the PIN of the token {0:?} is counted here, so there is nothing to unlock for it")]
+    NoTriesOfToken(String),
     /// The token whose tries are to be given back is not in.
     #[error("no token is in that would do; put it in")]
     NoToken,
@@ -361,7 +364,7 @@ impl CardSetup {
     /// a PIN of its own is found by all its certificates and its name; else the PIN is that of the database.
     ///
     /// # Errors
-    /// [`SetupError::NothingToUnlock`], or state that cannot be read or written.
+    /// [`SetupError::NothingToUnlock`], [`SetupError::NoTriesOfToken`], or state that cannot be read or written.
     pub fn unlock(&self) -> Result<String, SetupError> {
         let directory = self.state_directory()?;
         let database = match &self.keys {
@@ -370,7 +373,7 @@ impl CardSetup {
                 let (name, label) =
                     token::name_of_token(&modules, token.as_deref())?.ok_or(SetupError::NoToken)?;
                 if !ReferenceData::reset_token_tries(&directory, &name)? {
-                    return Err(SetupError::NothingToUnlock(label.into()));
+                    return Err(SetupError::NoTriesOfToken(label));
                 }
                 return Ok(format!(
                     "a card on the token {label:?} has {DEFAULT_TRIES} tries again, if the token has"
@@ -583,10 +586,16 @@ impl CardSetup {
             return Ok(ReferenceData::any(password));
         }
         if self.pin_file.is_some() || ReferenceData::card_has_pin(directory, claim)? {
-            let check_pin =
-                if self.profile == Profile::Piv { pin::check_piv_pin } else { pin::check_card_pin };
+            let is_new = !ReferenceData::card_has_pin(directory, claim)?;
+            let check_pin: fn(&Secret) -> Result<(), CardPinError> = match self.profile {
+                // It will be ignored.
+                _ if !is_new => |_| Ok(()),
+                Profile::Piv => pin::check_piv_pin,
+                _ => pin::check_card_pin,
+            };
             let pin = self.initial("pin-file", self.pin_file.as_ref(), check_pin)?;
-            if self.profile == Profile::Dual
+            if is_new
+                && self.profile == Profile::Dual
                 && pin.as_ref().is_some_and(|pin| pin::check_piv_pin(pin).is_err())
             {
                 tracing::warn!(

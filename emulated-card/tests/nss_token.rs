@@ -618,6 +618,20 @@ fn card_on_one_of(
     TokenCard::open(modules, wanted.map(str::to_owned), host.state(), None, Box::new(make))
 }
 
+#[cfg(all(feature = "pem", feature = "pcsc"))]
+#[test]
+fn a_token_whose_tries_are_not_counted_has_nothing_to_unlock() {
+    use emulated_card::setup::{CardSetup, Keys};
+
+    let test = "a_token_whose_tries_are_not_counted_has_nothing_to_unlock";
+    let Some(host) = in_a_process_with_softhsm(test) else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let keys = Keys::Token { modules: vec![SOFTHSM.into()], db: None, token: None };
+    let state = Some((host.state(), "any".into()));
+    let error = CardSetup { keys, state, ..CardSetup::default() }.unlock().unwrap_err().to_string();
+    assert!(error.contains("\"card\"") && !error.contains("certificates"), "{error}");
+}
+
 /// A store whose PIN check is a fault.
 struct Faulty(Arc<TokenStore>);
 
