@@ -81,7 +81,9 @@ struct State {
     /// The card that is in.
     inserted: Option<Inserted>,
     /// The card that is in, but whose reader has not yet said what it carries.
-    coming: Option<Place>,
+    coming: Option<Coming>,
+    /// How often one was coming: counts of events begin anew with pcscd.
+    comings: u64,
     /// The number of the last insertion.
     insertions: u64,
     session: Option<Session>,
@@ -93,6 +95,11 @@ struct State {
     /// The monitor has ended.
     unwatched: bool,
     closed: bool,
+}
+
+struct Coming {
+    place: Place,
+    number: u64,
 }
 
 #[derive(Clone)]
@@ -230,18 +237,21 @@ impl Shared {
     /// card may go meanwhile.
     fn seen(self: &Arc<Self>, place: Place, atr: Atr, limits: impl FnOnce() -> Limits + Send + 'static) {
         let mut state = self.lock();
-        let known = state.inserted.as_ref().map(|inserted| &inserted.place).or(state.coming.as_ref());
+        let known = state.inserted.as_ref().map(|inserted| &inserted.place);
+        let known = known.or(state.coming.as_ref().map(|coming| &coming.place));
         if known == Some(&place) {
             return;
         }
         self.remove(&mut state);
-        state.coming = Some(place.clone());
+        state.comings += 1;
+        let number = state.comings;
+        state.coming = Some(Coming { place: place.clone(), number });
         drop(state);
         let shared = Arc::clone(self);
         let asking = std::thread::Builder::new().name("pcsc limits".into()).spawn(move || {
             let limits = limits();
             let mut state = shared.lock();
-            if !state.closed && state.coming.as_ref() == Some(&place) {
+            if !state.closed && state.coming.as_ref().is_some_and(|coming| coming.number == number) {
                 shared.insert(&mut state, place, atr, limits);
                 shared.changed.notify_all();
             }
@@ -286,5 +296,43 @@ impl Shared {
         if let Some(Inserted { place, limits, .. }) = inserted {
             self.insert(&mut state, place, atr, limits);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_card_that_went_while_its_limits_were_asked_for_does_not_come() {
+        let shared = Arc::new(Shared {
+            config: PcscConfig::default(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            presence: watch::Sender::new(Presence::Absent),
+        });
+        let mut presence = shared.presence.subscribe();
+        // Before and after a restart of pcscd, which counts anew.
+        let place = Place { reader: c"reader".into(), events: 1 };
+        let (leave, may_leave) = channel();
+        shared.seen(place.clone(), Atr::t1(b"first").unwrap(), move || {
+            may_leave.recv().unwrap();
+            Limits::EXTENDED
+        });
+        shared.remove(&mut shared.lock());
+        let second = Atr::t1(b"second").unwrap();
+        let held = Arc::downgrade(&shared);
+        shared.seen(place, second.clone(), move || {
+            leave.send(()).unwrap();
+            // The other thread has ended when only this one and the test are left.
+            while held.strong_count() > 2 {
+                std::thread::yield_now();
+            }
+            Limits::EXTENDED
+        });
+        presence.changed().await.unwrap();
+        assert!(matches!(&*presence.borrow(), Presence::Present { atr, .. } if *atr == second));
     }
 }

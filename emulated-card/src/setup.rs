@@ -144,6 +144,19 @@ pub struct OpenCard {
     /// The slot of a card that can be inserted and removed here, not inserted yet; a token or a card in a host
     /// reader comes and goes by itself.
     pub slot: Option<Arc<CardSlot>>,
+    token: Option<Arc<TokenCard>>,
+}
+
+impl OpenCard {
+    /// Waits until a fault in the program or in its libraries (a panic) has taken the card away for good. For ever if
+    /// there is none, and for a card in a host reader.
+    pub async fn failed(&self) {
+        match (&self.slot, &self.token) {
+            (Some(slot), _) => slot.failed().await,
+            (None, Some(token)) => token.failed().await,
+            (None, None) => std::future::pending().await,
+        }
+    }
 }
 
 /// Why there is no card. The messages name the option, file or directory.
@@ -284,6 +297,9 @@ pub enum SetupError {
         .0.display()
     )]
     NothingToUnlock(PathBuf),
+    /// No try of a token's PIN is counted.
+    #[error("no try of the PIN of the token {0:?} is counted here, so there is nothing to unlock for it")]
+    NoTriesOfToken(String),
     /// The token whose tries are to be given back is not in.
     #[error("no token is in that would do; put it in")]
     NoToken,
@@ -341,14 +357,14 @@ impl CardSetup {
         slot.forget_pin(self.forget_pin);
         let slot = Arc::new(slot);
         let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0));
-        Ok(OpenCard { source, slot: Some(slot) })
+        Ok(OpenCard { source, slot: Some(slot), token: None })
     }
 
     /// Gives a blocked PIN (and PUK) all its tries back, even while the card is open; says what was done. A card with
     /// a PIN of its own is found by all its certificates and its name; else the PIN is that of the database.
     ///
     /// # Errors
-    /// [`SetupError::NothingToUnlock`], or state that cannot be read or written.
+    /// [`SetupError::NothingToUnlock`], [`SetupError::NoTriesOfToken`], or state that cannot be read or written.
     pub fn unlock(&self) -> Result<String, SetupError> {
         let directory = self.state_directory()?;
         let database = match &self.keys {
@@ -357,7 +373,7 @@ impl CardSetup {
                 let (name, label) =
                     token::name_of_token(&modules, token.as_deref())?.ok_or(SetupError::NoToken)?;
                 if !ReferenceData::reset_token_tries(&directory, &name)? {
-                    return Err(SetupError::NothingToUnlock(label.into()));
+                    return Err(SetupError::NoTriesOfToken(label));
                 }
                 return Ok(format!(
                     "a card on the token {label:?} has {DEFAULT_TRIES} tries again, if the token has"
@@ -489,8 +505,8 @@ impl CardSetup {
             let reference = ReferenceData::of_token(&state, &name, store.clone(), DEFAULT_TRIES);
             match reference.tries_left() {
                 Ok(left) if left <= keep => tracing::warn!(
-                    "no try of the token's PIN is left for the guest, until the right one is given on the host; \
-                     `vscclient unlock` is for tokens that do not tell of that"
+                    "no try of the token's PIN is left for the guest, until `vscclient unlock`, or, if the token has \
+                     few tries left itself, until the right PIN is given on the host"
                 ),
                 Ok(_) => {}
                 Err(error) => tracing::warn!("every PIN will be refused: {error}"),
@@ -498,8 +514,9 @@ impl CardSetup {
             Ok(setup.make(store, reference, id)?)
         };
         let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
-        let source = keep_tries(Arc::new(card), keep);
-        Ok(OpenCard { source, slot: None })
+        let card = Arc::new(card);
+        let source = keep_tries(card.clone(), keep);
+        Ok(OpenCard { source, slot: None, token: Some(card) })
     }
 
     /// The slots that were asked for.
@@ -569,10 +586,16 @@ impl CardSetup {
             return Ok(ReferenceData::any(password));
         }
         if self.pin_file.is_some() || ReferenceData::card_has_pin(directory, claim)? {
-            let check_pin =
-                if self.profile == Profile::Piv { pin::check_piv_pin } else { pin::check_card_pin };
+            let is_new = !ReferenceData::card_has_pin(directory, claim)?;
+            let check_pin: fn(&Secret) -> Result<(), CardPinError> = match self.profile {
+                // It will be ignored.
+                _ if !is_new => |_| Ok(()),
+                Profile::Piv => pin::check_piv_pin,
+                _ => pin::check_card_pin,
+            };
             let pin = self.initial("pin-file", self.pin_file.as_ref(), check_pin)?;
-            if self.profile == Profile::Dual
+            if is_new
+                && self.profile == Profile::Dual
                 && pin.as_ref().is_some_and(|pin| pin::check_piv_pin(pin).is_err())
             {
                 tracing::warn!(
@@ -642,7 +665,7 @@ impl RawSetup {
     pub fn open(&self) -> Result<OpenCard, SetupError> {
         let card = PcscSource::open(self.config.clone()).map_err(SetupError::Thread)?;
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
-        Ok(OpenCard { source, slot: None })
+        Ok(OpenCard { source, slot: None, token: None })
     }
 }
 

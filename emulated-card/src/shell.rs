@@ -78,23 +78,27 @@ impl CardSlot {
     /// # Errors
     /// The system has no thread to give.
     pub fn new(card: EmulatedCard) -> io::Result<Self> {
-        Self::start(card, None).map(|(slot, _)| slot)
+        Self::start(card, None, || ()).map(|(slot, _)| slot)
     }
 
     /// As [`new`](Self::new), for a card that nobody else may have as long as this one can write.
     #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
     pub(crate) fn claimed(card: EmulatedCard, claim: CardClaim) -> io::Result<Self> {
-        Self::start(card, Some(claim)).map(|(slot, _)| slot)
+        Self::start(card, Some(claim), || ()).map(|(slot, _)| slot)
     }
 
     /// As [`new`](Self::new), with the thread that owns the card. It ends soon after the slot was closed, and with it the
-    /// card, its login and all that it holds.
+    /// card, its login and all that it holds; if it ends by a fault, it calls `on_fault`.
     #[cfg(all(unix, feature = "nss"))]
-    pub(crate) fn with_worker(card: EmulatedCard) -> io::Result<(Self, JoinHandle<()>)> {
-        Self::start(card, None)
+    pub(crate) fn with_worker(card: EmulatedCard, on_fault: fn()) -> io::Result<(Self, JoinHandle<()>)> {
+        Self::start(card, None, on_fault)
     }
 
-    fn start(card: EmulatedCard, claim: Option<CardClaim>) -> io::Result<(Self, JoinHandle<()>)> {
+    fn start(
+        card: EmulatedCard,
+        claim: Option<CardClaim>,
+        on_fault: fn(),
+    ) -> io::Result<(Self, JoinHandle<()>)> {
         let shared = Arc::new(Shared {
             atr: card.atr().clone(),
             mailbox: Mutex::new(Mailbox { claim, ..Mailbox::default() }),
@@ -102,7 +106,7 @@ impl CardSlot {
             presence: watch::Sender::new(Presence::Absent),
             failed: watch::Sender::new(false),
         });
-        let worker = Worker { core: card, shared: Arc::clone(&shared) };
+        let worker = Worker { core: card, shared: Arc::clone(&shared), on_fault };
         let worker = std::thread::Builder::new().name("card".into()).spawn(move || worker.run())?;
         Ok((Self { shared }, worker))
     }
@@ -134,6 +138,12 @@ impl CardSlot {
     pub async fn failed(&self) {
         // It ends with an error only when the sender is gone, which is in this slot.
         let _ = self.shared.failed.subscribe().wait_for(|failed| *failed).await;
+    }
+
+    /// Whether [`failed`](Self::failed) would end at once.
+    #[cfg(all(unix, feature = "nss"))]
+    pub(crate) fn has_failed(&self) -> bool {
+        *self.shared.failed.borrow()
     }
 
     /// Whether a verified PIN is forgotten after that long without a command, and after how long.
@@ -226,6 +236,7 @@ impl Shared {
 struct Worker {
     core: EmulatedCard,
     shared: Arc<Shared>,
+    on_fault: fn(),
 }
 
 enum Task {
@@ -317,6 +328,7 @@ impl Drop for Worker {
                 "a fault in this program took the card away: it cannot be used before a new start"
             );
             self.shared.failed.send_replace(true);
+            (self.on_fault)();
         }
     }
 }
@@ -440,7 +452,7 @@ mod tests {
             let options = CardOptions { profile: Profile::Piv, slots: vec![("9a".parse().unwrap(), 0)] };
             let reference = Arc::new(ReferenceData::in_memory(3));
             let card = EmulatedCard::new(store, reference, id.clone(), options, Box::new(|_| {})).unwrap();
-            CardSlot::start(card, Some(claim().unwrap())).unwrap().0
+            CardSlot::start(card, Some(claim().unwrap()), || ()).unwrap().0
         };
 
         let ((entered, has_entered), (leave, may_leave)) = (sync_channel(1), sync_channel(1));

@@ -1,13 +1,12 @@
 //! A card of what is on a token: there while the token is in, removed with it.
 
-use std::collections::HashSet;
 use std::error::Error;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use thiserror::Error;
@@ -63,6 +62,7 @@ struct Shared {
     make: Make,
     forget_pin: Option<Duration>,
     presence: watch::Sender<Presence>,
+    failed: watch::Sender<bool>,
     current: Mutex<Current>,
     stop: AtomicBool,
 }
@@ -89,7 +89,9 @@ impl TokenCard {
     /// A card on the token with that label or serial number; without one, on the only token that wants a login.
     ///
     /// The token may come later. One that comes and is not usable, or is another card's, is warned of and left
-    /// alone until it is put in again; one that cannot be read is tried a few times. A token that is out stays this
+    /// alone until it is put in again; one that cannot be read, now or then, is tried a few times. What is equal in label,
+    /// serial number, maker and model is one token that several modules reach, of which the first one is used; in two
+    /// slots of one module these are two. A token that is out stays this
     /// card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
     ///
     /// # Errors
@@ -108,13 +110,20 @@ impl TokenCard {
             make,
             forget_pin,
             presence: watch::Sender::new(Presence::Absent),
+            failed: watch::Sender::new(false),
             current: Mutex::default(),
             stop: AtomicBool::new(false),
         });
         let seen = shared.watch.changes();
         let first = shared.find()?;
+        let mut retry = None;
         match &first {
-            Some(token) => shared.insert(token)?,
+            Some(token) => match shared.insert(token) {
+                Err(error) if may_pass(&error) => {
+                    retry = Shared::refused(token, &error, ATTEMPTS);
+                }
+                inserted => inserted?,
+            },
             None => {
                 let present: Vec<_> = shared.watch.tokens().iter().map(shown).collect();
                 tracing::info!("{}; the card comes with it", missing(shared.wanted.as_deref(), &present));
@@ -122,9 +131,16 @@ impl TokenCard {
         }
         let thread = {
             let shared = Arc::clone(&shared);
-            thread::Builder::new().name("token".into()).spawn(move || shared.follow(seen, first))?
+            thread::Builder::new().name("token".into()).spawn(move || shared.follow(seen, first, retry))?
         };
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Waits until a fault in the program or in its libraries (a panic) has taken the card away for good, whatever token
+    /// comes. For ever if there is none.
+    pub async fn failed(&self) {
+        // It ends with an error only when the sender is gone, which is in this card.
+        let _ = self.shared.failed.subscribe().wait_for(|failed| *failed).await;
     }
 }
 
@@ -178,13 +194,22 @@ fn find(mut tokens: Vec<Token>, wanted: Option<&str>) -> Result<Option<Token>, T
         Some(wanted) => [token.label(), token.serial_number()].contains(&wanted),
         None => token.needs_login(),
     });
-    // One that two modules reach is one token.
-    let mut names = HashSet::new();
-    tokens.retain(|token| names.insert(token.name()));
+    let mut tokens = reached_once(tokens, Token::name, Token::has_module_of);
     if tokens.len() > 1 {
         return Err(TokenCardError::Several(tokens.iter().map(shown).collect()));
     }
     Ok(tokens.pop())
+}
+
+/// `tokens` without those that the module of an earlier one reaches, too: two in one module are two.
+fn reached_once<T>(tokens: Vec<T>, name: fn(&T) -> String, has_module_of: fn(&T, &T) -> bool) -> Vec<T> {
+    let mut kept: Vec<T> = Vec::new();
+    for token in tokens {
+        if !kept.iter().any(|other| name(other) == name(&token) && !has_module_of(other, &token)) {
+            kept.push(token);
+        }
+    }
+    kept
 }
 
 /// A card that another program uses may be busy when it is put in.
@@ -218,16 +243,26 @@ impl Shared {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows the token until the card is dropped. `handled` is the one that was seen last.
-    fn follow(&self, mut seen: u64, mut handled: Option<Token>) {
-        let mut attempts = 0;
+    /// Follows the token until the card is dropped or failed. `handled` is the one that was seen last, `retry` how often
+    /// it is still to be tried, and when.
+    fn follow(&self, mut seen: u64, mut handled: Option<Token>, mut retry: Option<(u32, Instant)>) {
         loop {
-            seen = self.watch.wait(seen, (attempts > 0).then_some(RETRY));
+            let limit = retry.map(|(_, due)| due.saturating_duration_since(Instant::now()));
+            seen = self.watch.wait(seen, limit);
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            let inserted = self.lock().inserted.as_ref().map(|inserted| inserted.token.clone());
-            if inserted.is_some_and(|inserted| self.watch.tokens().contains(&inserted)) {
+            let inserted = self
+                .lock()
+                .inserted
+                .as_ref()
+                .map(|inserted| (inserted.token.clone(), inserted.slot.has_failed()));
+            if matches!(inserted, Some((_, true))) {
+                self.remove();
+                self.failed.send_replace(true);
+                return;
+            }
+            if inserted.is_some_and(|(token, _)| self.watch.tokens().contains(&token)) {
                 // Whatever else came or went.
                 continue;
             }
@@ -237,20 +272,21 @@ impl Shared {
                 None
             });
             if found != handled {
-                attempts = ATTEMPTS;
+                retry = Some((ATTEMPTS, Instant::now()));
                 handled = found;
             }
-            attempts = match &handled {
-                Some(token) if attempts > 0 => match self.insert(token) {
-                    Ok(()) => 0,
-                    Err(error) => {
-                        tracing::warn!("no card on the token {:?}: {error}", token.label());
-                        if may_pass(&error) { attempts - 1 } else { 0 }
-                    }
-                },
-                _ => 0,
-            };
+            // Whatever rings meanwhile uses up no attempt.
+            let due = retry.take_if(|(_, due)| *due <= Instant::now());
+            if let (Some(token), Some((attempts, _))) = (&handled, due) {
+                retry = self.insert(token).err().and_then(|error| Self::refused(token, &error, attempts));
+            }
         }
+    }
+
+    /// Says why there is no card on `token`. Returns how often it is to be tried after this one of `attempts`, and when.
+    fn refused(token: &Token, error: &TokenCardError, attempts: u32) -> Option<(u32, Instant)> {
+        tracing::warn!("no card on the token {:?}: {error}", token.label());
+        (may_pass(error) && attempts > 1).then(|| (attempts - 1, Instant::now() + RETRY))
     }
 
     fn claim(&self, token: &Token) -> Result<Arc<TokenClaim>, TokenCardError> {
@@ -269,7 +305,7 @@ impl Shared {
     fn insert(&self, token: &Token) -> Result<(), TokenCardError> {
         let store = Arc::new(TokenStore::open_claimed(token, self.claim(token)?)?);
         let card = (self.make)(store).map_err(TokenCardError::Card)?;
-        let (slot, worker) = CardSlot::with_worker(card)?;
+        let (slot, worker) = CardSlot::with_worker(card, ring)?;
         slot.forget_pin(self.forget_pin);
         let number_in_slot = slot.insert();
         let presence = slot.presence().get();
@@ -295,7 +331,7 @@ impl Shared {
             // With it the login ends, before another one on the same token begins, and so does the store's claim. What
             // it is about fails soon on a token that is out. If it failed for good, that was told.
             let _ = inserted.worker.join();
-            tracing::info!("the token {:?} is gone, and the card on it", inserted.token.label());
+            tracing::info!("no card on the token {:?} any more", inserted.token.label());
         }
     }
 }
@@ -312,6 +348,15 @@ mod tests {
         assert_eq!(missing(Some("a"), &present(2)), r#"the token "a" is not in, but "0" (""), "1" ("")"#);
         assert!(missing(Some("a"), &present(8)).ends_with(r#", "7" ("")"#));
         assert!(missing(Some("a"), &present(10)).ends_with(r#", "7" ("") and 2 more"#));
+    }
+
+    #[test]
+    fn only_what_two_modules_reach_is_one_token() {
+        let kept = |tokens: &[(&'static str, u8)]| {
+            reached_once(tokens.to_vec(), |token| token.0.to_owned(), |one, other| one.1 == other.1)
+        };
+        assert_eq!(kept(&[("a", 1), ("b", 1), ("a", 2)]), [("a", 1), ("b", 1)]);
+        assert_eq!(kept(&[("a", 1), ("a", 1), ("a", 2)]), [("a", 1), ("a", 1)]);
     }
 
     #[test]

@@ -216,9 +216,13 @@ fn tries(status: StatusWord) -> Option<u8> {
     }
 }
 
-/// Whether the card found the command at fault before it compared anything.
-fn is_untried(status: StatusWord) -> bool {
-    matches!(status.sw1(), 0x67 | 0x68 | 0x6B..=0x6E) || matches!(status.0, 0x6A81 | 0x6A86 | 0x6A88)
+/// Whether the card found the command at fault before it compared anything. Cards whose PIN cannot be changed say 6985
+/// to whoever wants to, and others may to a VERIFY for reasons of their own.
+fn is_untried(instruction: u8, status: StatusWord) -> bool {
+    let changes = matches!(instruction & 0xFE, ins::CHANGE_REFERENCE_DATA | ins::RESET_RETRY_COUNTER);
+    matches!(status.sw1(), 0x67 | 0x68 | 0x6B..=0x6E)
+        || matches!(status.0, 0x6A81 | 0x6A86 | 0x6A88)
+        || (changes && status == StatusWord::CONDITIONS_NOT_SATISFIED)
 }
 
 impl KeepingCard {
@@ -263,7 +267,7 @@ impl KeepingCard {
         counted.bounds = before;
         match tries(status) {
             Some(told) => counted.bounds.spend(of, told),
-            None if status == StatusWord::SUCCESS || is_untried(status) => {}
+            None if status == StatusWord::SUCCESS || is_untried(command.ins(), status) => {}
             None => counted.bounds.spend(of, left - 1),
         }
         Ok(response)

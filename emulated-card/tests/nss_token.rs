@@ -385,6 +385,11 @@ fn wrong_pins_are_counted() {
     let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store);
     assert!(matches!(verify("000000").err(), Some(PinError::Wrong { left: 2 })));
     assert_eq!(reference.tries_left().unwrap(), 2);
+    // SoftHSM's have 4 to 255 bytes.
+    for unfit in ["123", &"1".repeat(256)] {
+        assert!(matches!(verify(unfit).err(), Some(PinError::NotChecked(_))));
+    }
+    assert_eq!(reference.tries_left().unwrap(), 2);
     drop(verify(PIN).unwrap());
     assert_eq!(reference.tries_left().unwrap(), 3);
     for left in [2, 1, 0] {
@@ -393,16 +398,15 @@ fn wrong_pins_are_counted() {
     assert!(matches!(verify(PIN).err(), Some(PinError::Blocked)));
     assert!(matches!(reference.without_pin(&*store).err(), Some(PinError::NotSupported)));
     // Whoever comes anew finds it so.
-    assert_eq!(self::reference(&host, &store).tries_left().unwrap(), 0);
-    let reference = self::reference(&host, &store);
-    assert!(matches!(
-        reference.verify(&Secret::from(PIN.as_bytes()), &*store).err(),
-        Some(PinError::Blocked)
-    ));
-    assert!(matches!(self::reference(&host, &store).tries_left(), Ok(0)));
+    let later = self::reference(&host, &store);
+    assert_eq!(later.tries_left().unwrap(), 0);
+    let refused = later.verify(&Secret::from(PIN.as_bytes()), &*store).err();
+    assert!(matches!(refused, Some(PinError::Blocked)));
+    assert_eq!(later.tries_left().unwrap(), 0);
     // SoftHSM tells other programs that there were wrong PINs, until one of them gives the right one.
     host.log_in("card");
     assert_eq!(reference.tries_left().unwrap(), 3);
+    assert_eq!(later.tries_left().unwrap(), 0, "it was not told of the wrong ones");
     assert!(matches!(
         reference.verify(&Secret::from(&b"000000"[..]), &*store).err(),
         Some(PinError::Wrong { left: 2 })
@@ -453,9 +457,35 @@ fn a_token_that_cannot_be_asked_has_no_try_for_a_guest() {
     assert_eq!((store.tries_hint(), store.was_wrong()), (Some(1), None));
 }
 
+#[test]
+fn what_another_token_says_is_not_believed() {
+    let Some(host) = in_a_process_with_softhsm("what_another_token_says_is_not_believed") else { return };
+    let object = |label: &str| {
+        let before: Vec<_> = directories(&host);
+        host.make_token(label, &[Entry { name: "key", id: "01", ..PLAIN }]);
+        let new = directories(&host).into_iter().find(|path| !before.contains(path)).unwrap();
+        new.join("token.object")
+    };
+    let (first, other) = (object("card"), object("other"));
+    let token = host.tokens().into_iter().find(|token| token.label() == "card").unwrap();
+    let store = Arc::new(TokenStore::open(&token, &host.state()).unwrap());
+    let reference = reference(&host, &store);
+    assert!(reference.verify(&Secret::from(&b"000000"[..]), &*store).is_err());
+    assert_eq!((store.was_wrong(), reference.tries_left().unwrap()), (Some(true), 2));
+    // It is in the same slot now, before anybody noticed.
+    fs::copy(other, first).unwrap();
+    assert_eq!((store.tries_hint(), store.was_wrong()), (Some(1), None));
+    assert_eq!(reference.tries_left().unwrap(), 1);
+}
+
+fn directories(host: &Host) -> Vec<PathBuf> {
+    fs::read_dir(host.path("tokens")).unwrap().map(|entry| entry.unwrap().path()).collect()
+}
+
 /// A token for which no PIN is right.
 struct Flags {
     was_wrong: Mutex<Option<bool>>,
+    refusal: Mutex<UnlockError>,
 }
 
 impl KeyStore for Flags {
@@ -472,8 +502,13 @@ impl KeyStore for Flags {
     }
 
     fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
-        Err(UnlockError::Wrong)
+        Err(self.refusal.lock().unwrap().clone())
     }
+}
+
+/// A token that says that after a wrong PIN.
+fn flags(was_wrong: Option<bool>) -> Arc<Flags> {
+    Arc::new(Flags { was_wrong: Mutex::new(was_wrong), refusal: Mutex::new(UnlockError::Wrong) })
 }
 
 #[test]
@@ -490,18 +525,36 @@ fn a_token_that_never_told_of_wrong_pins_tells_of_no_right_one() {
     .into_iter()
     .enumerate()
     {
-        let store = Arc::new(Flags { was_wrong: Mutex::new(after) });
+        let store = flags(after);
         let state = StateDirectory::at(directory.path().join("state"));
         let reference =
             || ReferenceData::of_token(&state, &at.to_string(), Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+        let first = reference();
         for _ in 0..2 {
-            assert!(reference().verify(&Secret::from(PIN.as_bytes()), &*store).is_err());
+            assert!(first.verify(&Secret::from(PIN.as_bytes()), &*store).is_err());
         }
         *store.was_wrong.lock().unwrap() = later;
-        assert_eq!(reference().tries_left().unwrap(), left, "{after:?}, then {later:?}");
-        let error = reference().verify(&Secret::from(PIN.as_bytes()), &*store).err();
+        assert_eq!(first.tries_left().unwrap(), left, "{after:?}, then {later:?}");
+        assert_eq!(reference().tries_left().unwrap(), 1, "put in again, or after a restart");
+        let error = first.verify(&Secret::from(PIN.as_bytes()), &*store).err();
         assert!(matches!(error, Some(PinError::Wrong { left: now }) if now == left - 1), "{error:?}");
     }
+}
+
+#[test]
+fn a_pin_that_was_not_compared_gives_no_tries_back() {
+    let directory = TempDir::new().unwrap();
+    let state = StateDirectory::at(directory.path().join("state"));
+    let store = flags(Some(true));
+    let reference = || ReferenceData::of_token(&state, "any", Arc::clone(&store) as Arc<dyn KeyStore>, 3);
+    let first = reference();
+    let verify = || first.verify(&Secret::from(PIN.as_bytes()), &*store).err();
+    assert!(matches!(verify(), Some(PinError::Wrong { left: 2 })));
+    assert!(matches!(verify(), Some(PinError::Wrong { left: 1 })));
+    *store.was_wrong.lock().unwrap() = Some(false);
+    *store.refusal.lock().unwrap() = UnlockError::NotChecked("removed".into());
+    assert!(matches!(verify(), Some(PinError::NotChecked(_))));
+    assert_eq!(reference().tries_left().unwrap(), 1);
 }
 
 #[test]
@@ -563,6 +616,57 @@ fn card_on_one_of(
         Ok(EmulatedCard::new(store, Arc::new(reference), id, options, Box::new(|bytes| bytes.fill(7)))?)
     };
     TokenCard::open(modules, wanted.map(str::to_owned), host.state(), None, Box::new(make))
+}
+
+#[cfg(all(feature = "pem", feature = "pcsc"))]
+#[test]
+fn a_token_whose_tries_are_not_counted_has_nothing_to_unlock() {
+    use emulated_card::setup::{CardSetup, Keys};
+
+    let test = "a_token_whose_tries_are_not_counted_has_nothing_to_unlock";
+    let Some(host) = in_a_process_with_softhsm(test) else { return };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let keys = Keys::Token { modules: vec![SOFTHSM.into()], db: None, token: None };
+    let state = Some((host.state(), "any".into()));
+    let error = CardSetup { keys, state, ..CardSetup::default() }.unlock().unwrap_err().to_string();
+    assert!(error.contains("\"card\"") && !error.contains("certificates"), "{error}");
+}
+
+/// A store whose PIN check is a fault.
+struct Faulty(Arc<TokenStore>);
+
+impl KeyStore for Faulty {
+    fn certificates(&self) -> &[emulated_card::keys::Certificate] {
+        self.0.certificates()
+    }
+
+    fn needs_secret(&self) -> bool {
+        true
+    }
+
+    fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        panic!("a fault in a module")
+    }
+}
+
+#[tokio::test]
+async fn a_fault_takes_the_card_on_a_token_away_and_is_told() {
+    let Some(host) = in_a_process_with_softhsm("a_fault_takes_the_card_on_a_token_away_and_is_told") else {
+        return;
+    };
+    host.make_token("card", &[Entry { name: "key", id: "01", ..PLAIN }]);
+    let make = |store: Arc<TokenStore>| {
+        let id = CardId::derive(store.certificates(), "");
+        let options = CardOptions { profile: Profile::Cac, slots: slot::assign(store.certificates(), &[])? };
+        let (store, reference) = (Arc::new(Faulty(store)), Arc::new(ReferenceData::in_memory(3)));
+        Ok(EmulatedCard::new(store, reference, id, options, Box::new(|bytes| bytes.fill(7)))?)
+    };
+    let card = TokenCard::open(&[module()], None, host.state(), None, Box::new(make)).unwrap();
+    let mut session = card.power_on(1).await.unwrap();
+    let verify = Apdu::parse(b"\x00\x20\x00\x00\x06123456").unwrap();
+    assert!(session.transmit(&verify).await.is_err());
+    tokio::time::timeout(std::time::Duration::from_secs(30), card.failed()).await.unwrap();
+    assert_eq!(card.presence().get(), Presence::Absent);
 }
 
 #[tokio::test]

@@ -237,6 +237,27 @@ async fn a_loop_of_wrong_pins_leaves_one_try() {
 }
 
 #[tokio::test]
+async fn a_card_that_changes_no_pin_uses_no_try_for_it() {
+    // Its PIN is verified, so the tries of it are not told; nothing makes it unverified.
+    let mut card = power(|command| match (command.ins(), command.p1()) {
+        (0x20, 0x00) => StatusWord::SUCCESS,
+        (0x24 | 0x2C, 0x00) => StatusWord::CONDITIONS_NOT_SATISFIED,
+        _ => panic!("{command:?}"),
+    })
+    .await;
+    let both = [WRONG, WRONG].concat();
+    for instruction in [0x24, 0x24, 0x24, 0x2C, 0x2C, 0x2C] {
+        assert_eq!(status(&mut card, [0, instruction, 0, 0x80], &both).await, 0x6985);
+    }
+    assert_eq!(status(&mut card, VERIFY, PIN).await, 0x9000);
+    // What a VERIFY is refused for may have been a comparison.
+    let mut card = power(|_| StatusWord::CONDITIONS_NOT_SATISFIED).await;
+    for expected in [0x6985, 0x6985, 0x6983] {
+        assert_eq!(status(&mut card, VERIFY, WRONG).await, expected);
+    }
+}
+
+#[tokio::test]
 async fn another_program_gives_a_guest_its_tries_back() {
     // A card whose PIN stays verified is tried no more often for that.
     for (stays, expected) in [(false, [0x63C2, 0x63C1, 0x6983]), (true, [0x63C2, 0x63C1, 0x6983])] {

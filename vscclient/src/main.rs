@@ -110,7 +110,7 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         match channel {
             Ok(channel) => {
                 let run = run(channel, card, spec, connection, console, &mut wanted);
-                session::until_failed(run, failed(card), &wishes).await
+                session::until_failed(run, card.failed(), &wishes).await
             }
             Err(error) => End::Unusable(error),
         }
@@ -122,13 +122,6 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         End::Disconnected => DISCONNECTED,
         End::Unusable(error) => fail(UNUSABLE, &error.to_string()),
         End::CardFailed => fail(CARD_LOST, "the card is gone by a fault in vscclient or its libraries"),
-    }
-}
-
-async fn failed(card: &OpenCard) {
-    match &card.slot {
-        Some(slot) => slot.failed().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -136,16 +136,18 @@ impl Actor {
                     Next::End => break After::End,
                 },
             };
-            let began = Instant::now();
-            if !self.shared.config.exclusive && held.is_long(began) {
+            if !self.shared.config.exclusive && held.is_long(Instant::now()) {
                 waiting = Some(order);
                 if !self.shared.pause(self.session, TURN) {
                     break After::End;
                 }
                 continue;
             }
-            let after = self.exchange(&mut connected, order);
-            held.add(began, Instant::now());
+            let mut won = None;
+            let after = self.exchange(&mut connected, order, &mut won);
+            if let Some(won) = won {
+                held.add(won, Instant::now());
+            }
             match after {
                 After::Idle => {}
                 After::Turn(order) => {
@@ -169,8 +171,9 @@ impl Actor {
         }
     }
 
-    /// One transaction: `first`, and what follows it closely.
-    fn exchange(&self, connected: &mut Connected, first: Order) -> After {
+    /// One transaction: `first`, and what follows it closely. `won` is when it began: what was waited for before that is
+    /// other programs' time.
+    fn exchange(&self, connected: &mut Connected, first: Order, won: &mut Option<Instant>) -> After {
         let Connected { card, context, used, protocol, buffer } = connected;
         let (mut command, mut reply) = first;
         let mut transaction = loop {
@@ -188,6 +191,7 @@ impl Actor {
                 Err((_, error)) => return lost(reply, error),
             }
         };
+        *won = Some(Instant::now());
         // The guest may be gone: that was another program's time.
         if !self.shared.lock().is_current(self.session) {
             return if *used { clear(transaction) } else { After::End };

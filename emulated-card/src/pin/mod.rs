@@ -1,6 +1,7 @@
 //! Reference data: what a PIN is compared with, and how many tries are left.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -103,6 +104,9 @@ pub struct ReferenceData {
     tries: u8,
     /// The token that counts, too, and sometimes tells.
     token: Option<Arc<dyn KeyStore>>,
+    /// The token has said itself that a wrong PIN was given, since the last right one that is known here. Not on disk:
+    /// what a token says may begin anew with its module or its next insertion, though nobody gave the right PIN.
+    told: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -203,8 +207,8 @@ impl ReferenceData {
     /// ([`KeyStore::tries_hint`]) may lower that.
     ///
     /// A right PIN gives all tries back; so does one that another program of the host gives, if the token tells: after
-    /// a wrong PIN it must have said so itself ([`KeyStore::was_wrong`]), and say so no longer. That it says nothing
-    /// proves nothing otherwise, as many tokens never do.
+    /// a wrong PIN it must have said so itself ([`KeyStore::was_wrong`]) to this object, and say so no longer. That it
+    /// says nothing proves nothing otherwise: many tokens never do, others forget it when they are put in anew.
     pub fn of_token(directory: &StateDirectory, token: &str, store: Arc<dyn KeyStore>, tries: u8) -> Self {
         let place = Place::Disk(Record::of_token(directory, token));
         Self { token: Some(store), ..Self::new(Kind::Store(place), tries) }
@@ -235,7 +239,7 @@ impl ReferenceData {
     }
 
     fn new(kind: Kind, tries: u8) -> Self {
-        Self { kind, tries: tries.clamp(1, 15), token: None }
+        Self { kind, tries: tries.clamp(1, 15), token: None, told: AtomicBool::new(false) }
     }
 
     /// Compares `pin`, and logs in to `store` if it is right. Blocks: on the disk, on the store, and on another
@@ -255,9 +259,12 @@ impl ReferenceData {
                 Err(PinError::NotChecked("the database has no password to compare the PIN with".into()))
             }
             Kind::Store(place) => {
-                let outcome = self.count(&mut *place.lock()?, PIN, |contents| {
+                let outcome = self.count(&mut *place.lock()?, PIN, |_| {
                     let outcome = store.unlock(pin);
-                    contents.told = outcome.is_err() && self.was_wrong() == Some(true);
+                    if !matches!(outcome, Err(UnlockError::NotChecked(_))) {
+                        let told = outcome.is_err() && self.was_wrong() == Some(true);
+                        self.told.store(told, Ordering::SeqCst);
+                    }
                     outcome.map_err(Failure::from)
                 });
                 outcome.map_err(|error| match error {
@@ -372,8 +379,8 @@ impl ReferenceData {
 
     /// With what another program of the host made of the token's tries.
     fn caught_up(&self, contents: Contents) -> Contents {
-        if contents.told && self.was_wrong() == Some(false) {
-            Contents { left: None, told: false, ..contents }
+        if self.told.load(Ordering::SeqCst) && self.was_wrong() == Some(false) {
+            Contents { left: None, ..contents }
         } else {
             contents
         }
@@ -428,8 +435,8 @@ impl ReferenceData {
         counter: Counter,
         compare: impl FnOnce(&mut Contents) -> Result<T, Failure>,
     ) -> Result<T, PinError> {
-        let before = self.caught_up(slot.read()?);
-        let mut now = before.clone();
+        let before = slot.read()?;
+        let mut now = self.caught_up(before.clone());
         let left = self.left(*counter(&mut now)).checked_sub(1).ok_or(PinError::Blocked)?;
         *counter(&mut now) = Some(left);
         if let Err(error) = slot.write(&now) {
@@ -445,31 +452,12 @@ impl ReferenceData {
                 slot.write(&now)?;
                 Ok(done)
             }
-            Err(Failure::Wrong) => {
-                self.note(slot, &before, &now);
-                Err(PinError::Wrong { left })
-            }
-            Err(Failure::Locked) => {
-                self.note(slot, &before, &now);
-                Err(PinError::Blocked)
-            }
-            Err(Failure::Unclear(cause)) => {
-                self.note(slot, &before, &now);
-                Err(PinError::NotChecked(cause))
-            }
+            Err(Failure::Wrong) => Err(PinError::Wrong { left }),
+            Err(Failure::Locked) => Err(PinError::Blocked),
+            Err(Failure::Unclear(cause)) => Err(PinError::NotChecked(cause)),
             Err(Failure::NotChecked(cause)) => {
                 slot.write(&before)?;
                 Err(PinError::NotChecked(cause))
-            }
-        }
-    }
-
-    /// Keeps what the token told after a try. If that fails, the try is used and nothing else gives it back than the
-    /// right PIN.
-    fn note(&self, slot: &mut dyn Slot, before: &Contents, now: &Contents) {
-        if now.told != before.told {
-            if let Err(error) = slot.write(now) {
-                tracing::warn!("the PIN's state: {error}");
             }
         }
     }
@@ -620,7 +608,7 @@ fn reset(record: &Record) -> Result<bool, StateError> {
     let locked = record.lock()?;
     match locked.read()? {
         Some(contents) if record.has_counter(&contents) => {
-            locked.write(&Contents { left: None, told: false, puk_left: None, ..contents }).map(|()| true)
+            locked.write(&Contents { left: None, puk_left: None, ..contents }).map(|()| true)
         }
         _ => Ok(false),
     }

@@ -17,8 +17,6 @@ const FIRST_LINE: &str = "vscard-state 1";
 pub(crate) struct Contents {
     /// Tries that are left; `None` is all of them, however many the opener grants.
     pub(crate) left: Option<u8>,
-    /// Of a token: it has said itself that a wrong PIN was given, since the last right one that is known here.
-    pub(crate) told: bool,
     /// The PIN of a card that has its own.
     pub(crate) pin: Option<PinHash>,
     /// As `left`, of the PUK.
@@ -41,9 +39,6 @@ pub(super) fn encode(database: &Path, contents: &Contents) -> String {
     }
     let count = |left: Option<u8>| left.map_or_else(|| "full".to_owned(), |left| left.to_string());
     let mut body = format!("{FIRST_LINE}\ndatabase {shown}\ntries-left {}\n", count(contents.left));
-    if contents.told {
-        body.push_str("token-told yes\n");
-    }
     // Writing to a String cannot fail.
     if let Some(pin) = &contents.pin {
         let _ = writeln!(body, "pin {pin}");
@@ -80,7 +75,6 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Contents, &'static str> {
     let hash = |text: &str| PinHash::parse(text).ok_or("holds a PIN hash that cannot be used");
     field("database ").ok_or("is malformed")?;
     let left = count(field("tries-left ").ok_or("is malformed")?)?;
-    let told = field("token-told yes").is_some();
     let pin = field("pin ").map(hash).transpose()?;
     let puk_left = field("puk-tries-left ").map(count).transpose()?;
     let puk = field("puk ").map(hash).transpose()?;
@@ -88,7 +82,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Contents, &'static str> {
     if lines.next().is_some() || puk_left.is_some() != puk.is_some() || (puk.is_some() && pin.is_none()) {
         return Err("is malformed");
     }
-    Ok(Contents { left, told, pin, puk_left: puk_left.flatten(), puk, identity })
+    Ok(Contents { left, pin, puk_left: puk_left.flatten(), puk, identity })
 }
 
 fn from_hex(text: &str) -> Option<[u8; 32]> {

@@ -398,6 +398,8 @@ impl Slot {
             model: text(&info.model),
             serial_number: text(&info.serial_number),
             flags: info.flags,
+            max_pin: info.counts[4],
+            min_pin: info.counts[5],
         })
     }
 
@@ -468,9 +470,19 @@ pub(super) struct TokenInfo {
     pub(super) model: String,
     pub(super) serial_number: String,
     flags: c_ulong,
+    max_pin: c_ulong,
+    min_pin: c_ulong,
 }
 
 impl TokenInfo {
+    /// Whether both are of one token, as far as that can be told.
+    pub(super) fn is_of_same_token(&self, other: &Self) -> bool {
+        let name = |info: &Self| {
+            [&info.label, &info.manufacturer, &info.model, &info.serial_number].map(String::clone)
+        };
+        name(self) == name(other)
+    }
+
     /// CKF_TOKEN_INITIALIZED.
     pub(super) fn is_initialized(&self) -> bool {
         self.flags & 0x400 != 0
@@ -479,6 +491,15 @@ impl TokenInfo {
     /// CKF_LOGIN_REQUIRED.
     pub(super) fn needs_login(&self) -> bool {
         self.flags & 0x4 != 0
+    }
+
+    /// How many bytes its PIN has, by ulMinPinLen and ulMaxPinLen; a token that does not know them may say 0.
+    pub(super) fn pin_lengths(&self) -> std::ops::RangeInclusive<usize> {
+        let length = |length| usize::try_from(length).unwrap_or(usize::MAX);
+        match (length(self.min_pin), length(self.max_pin)) {
+            (min, max) if max != 0 && min <= max => min..=max,
+            _ => 0..=usize::MAX,
+        }
     }
 
     /// CKF_PROTECTED_AUTHENTICATION_PATH: the PIN is typed on the token or its reader.

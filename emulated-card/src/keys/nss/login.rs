@@ -1,6 +1,7 @@
 //! Logins to a slot, and what can be done while one lasts.
 
 use std::ffi::CStr;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vscard_protocol::Secret;
@@ -69,6 +70,8 @@ pub(super) enum Place {
         series: i32,
         /// What the token said of itself then.
         needs_login: bool,
+        /// How long its PIN can be.
+        pin_lengths: RangeInclusive<usize>,
         /// For keys that want the PIN each time.
         window: Window,
     },
@@ -132,6 +135,7 @@ impl Keys {
         if !self.is_in() {
             return Err(UnlockError::NotChecked("the token was removed".into()));
         }
+        self.check_askable(secret).map_err(|reason| UnlockError::NotChecked(reason.into()))?;
         if self.needs_login() {
             check_password(&self.slot, &self.place, secret)?;
         }
@@ -146,6 +150,19 @@ impl Keys {
             current.pin = Some(secret.clone());
         }
         Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
+    }
+
+    /// What a token would refuse without a comparison, with an error that does not tell so: the guest is not to lose a
+    /// try by it.
+    fn check_askable(&self, secret: &Secret) -> Result<(), &'static str> {
+        let Place::Token { needs_login: true, pin_lengths, .. } = &self.place else { return Ok(()) };
+        if !pin_lengths.contains(&secret.len()) {
+            Err("the token has no PIN of that length")
+        } else if !self.slot.needs_login() {
+            Err("the token does not ask for its PIN now")
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether private keys are behind a password. A token that said so when it was put in is held to that.

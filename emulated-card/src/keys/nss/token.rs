@@ -103,8 +103,12 @@ impl TokenStore {
         if certificates.is_empty() {
             return Err(TokenError::NoCertificates { label: label() });
         }
-        let place =
-            Place::Token { series: token.series, needs_login: token.needs_login(), window: Window::new() };
+        let place = Place::Token {
+            series: token.series,
+            needs_login: token.needs_login(),
+            pin_lengths: token.info.pin_lengths(),
+            window: Window::new(),
+        };
         Ok(Self {
             certificates,
             token: token.clone(),

@@ -41,9 +41,20 @@ impl Token {
         self.info.needs_login()
     }
 
-    /// What the token says of itself now, if it does.
+    /// What the token says of itself now, if it does; nothing once it is out.
     pub(super) fn current_info(&self) -> Option<TokenInfo> {
-        self.slot.token_info().ok()
+        // The slot answers for whatever is in it, and NSS remembers its presence for a while.
+        let is_this = |info: &TokenInfo| info.is_of_same_token(&self.info) && self.is_in();
+        if self.is_in() { self.slot.token_info().ok().filter(is_this) } else { None }
+    }
+
+    fn is_in(&self) -> bool {
+        self.slot.is_present() && self.slot.series() == self.series
+    }
+
+    /// Whether the same module reaches both.
+    pub(crate) fn has_module_of(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.module.loaded, &other.module.loaded)
     }
 
     /// What there is one of at a time, whatever slot it is in and whatever module reaches it: only a token without a
@@ -57,8 +68,7 @@ impl Token {
 
 impl PartialEq for Token {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.module.loaded, &other.module.loaded)
-            && (self.slot.id(), self.series) == (other.slot.id(), other.series)
+        self.has_module_of(other) && (self.slot.id(), self.series) == (other.slot.id(), other.series)
     }
 }
 
