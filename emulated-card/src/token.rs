@@ -331,7 +331,7 @@ impl Shared {
             // With it the login ends, before another one on the same token begins, and so does the store's claim. What
             // it is about fails soon on a token that is out. If it failed for good, that was told.
             let _ = inserted.worker.join();
-            tracing::info!("no card on the token {:?} any more", inserted.token.label());
+            tracing::info!("the card on the token {:?} is gone", inserted.token.label());
         }
     }
 }
