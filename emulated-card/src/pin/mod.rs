@@ -206,9 +206,9 @@ impl ReferenceData {
     /// left, they are counted here, too, on disk under its name `token`, and what it does tell
     /// ([`KeyStore::tries_hint`]) may lower that.
     ///
-    /// A right PIN gives all tries back; so does one that another program of the host gives, if the token tells: after
-    /// a wrong PIN it must have said so itself ([`KeyStore::was_wrong`]) to this object, and say so no longer. That it
-    /// says nothing proves nothing otherwise: many tokens never do, others forget it when they are put in anew.
+    /// A right PIN gives all tries back; so does one that another program of the host gives, if the token tells: it
+    /// must have told this object of wrong PINs ([`KeyStore::was_wrong`]), and do so no longer. That it says nothing
+    /// proves nothing otherwise: many tokens never do, others forget it when they are put in anew.
     pub fn of_token(directory: &StateDirectory, token: &str, store: Arc<dyn KeyStore>, tries: u8) -> Self {
         let place = Place::Disk(Record::of_token(directory, token));
         Self { token: Some(store), ..Self::new(Kind::Store(place), tries) }
@@ -379,10 +379,14 @@ impl ReferenceData {
 
     /// With what another program of the host made of the token's tries.
     fn caught_up(&self, contents: Contents) -> Contents {
-        if self.told.load(Ordering::SeqCst) && self.was_wrong() == Some(false) {
-            Contents { left: None, ..contents }
-        } else {
-            contents
+        match self.was_wrong() {
+            Some(false) if self.told.load(Ordering::SeqCst) => Contents { left: None, ..contents },
+            was_wrong => {
+                if was_wrong == Some(true) {
+                    self.told.store(true, Ordering::SeqCst);
+                }
+                contents
+            }
         }
     }
 
