@@ -46,6 +46,8 @@ const MOST_ZEROS: u32 = 288;
 /// Between an answer, such as the Error that fails a pending APDU, and CardRemove. QEMU does not give the guest one
 /// that is followed at once.
 const FAIL_TO_REMOVE: Duration = Duration::from_millis(500);
+/// So long at most a guest that does not stop asking holds CardRemove up.
+const MOST_FAILING: Duration = Duration::from_secs(2);
 /// Between CardRemove and ATR; guests poll for a missing card about twice a second.
 const REMOVE_TO_INSERT: Duration = Duration::from_secs(1);
 /// For an acknowledgement.
@@ -225,8 +227,8 @@ enum Link {
 enum Slot {
     /// Whatever an earlier client left.
     Unknown,
-    /// Pending APDUs have been failed; CardRemove may go at the time kept.
-    Failing,
+    /// APDUs are failed; CardRemove goes a while after the last answer, and at the time kept in any case.
+    Failing(Instant),
     /// CardRemove is out.
     Removing,
     /// No card; ATR may go at the time kept.
@@ -276,7 +278,7 @@ pub struct Client {
     slot: Slot,
     /// When the slot may take its next step.
     slot_at: Option<Instant>,
-    /// When the card last answered, or did not.
+    /// When the host was last told an answer, or that there is none.
     answered_at: Option<Instant>,
     /// What the acknowledgement awaited belongs to, and until when it is awaited.
     ack: Option<(MessageType, Instant)>,
@@ -337,7 +339,7 @@ impl Client {
             }
             Input::Removed => self.wanted = None,
             Input::Answer(token, response) => self.answered(token, response, now),
-            Input::Powered(token, atr) => self.powered(token, atr),
+            Input::Powered(token, atr) => self.powered(token, atr, now),
             Input::Leave => self.leave(now),
         }
         self.advance(now);
@@ -372,9 +374,8 @@ impl Client {
         }
         while self.pending.front().is_some_and(|pending| pending.deadline <= now) {
             self.pending.pop_front();
-            self.answered_at = Some(now);
             self.notice(Notice::NotAnswered);
-            self.send_error();
+            self.send_error(now);
         }
         self.advance(now);
     }
@@ -422,7 +423,7 @@ impl Client {
             Body::Flush => self.wait_for(Work::Flush, now),
             Body::PowerOn(_) if self.extension.is_some() => self.power_on(now),
             Body::PowerOff if self.extension.is_some() => {
-                self.fail_pending();
+                self.fail_pending(now);
                 self.output.push_back(Output::PowerOff);
                 self.send(self.reader, Body::PowerOff);
             }
@@ -455,10 +456,9 @@ impl Client {
                 // One more than is known of: an earlier client may have owed an answer. QEMU drops an answer that
                 // nothing waits for, while an Error would spoil the reader's next status report.
                 for _ in 0..=std::mem::take(&mut self.owed) {
-                    self.send_response(&StatusWord::NO_DIAGNOSIS.into());
+                    self.send_response(&StatusWord::NO_DIAGNOSIS.into(), now);
                 }
-                self.slot = Slot::Failing;
-                self.slot_at = Some(now + FAIL_TO_REMOVE);
+                self.slot = Slot::Failing(now + MOST_FAILING);
             }
             MessageType::CARD_REMOVE => {
                 self.slot = Slot::Empty;
@@ -574,20 +574,18 @@ impl Client {
         if self.ack.is_none() {
             match self.slot {
                 Slot::Present if self.wanted.is_none() || self.swapped || self.leaving.is_some() => {
-                    self.slot = Slot::Failing;
-                    if self.fail_pending() > 0 {
-                        self.answered_at = Some(now);
-                    }
-                    let removable = self.answered_at.take().map(|at| at + FAIL_TO_REMOVE);
+                    self.fail_pending(now);
+                    self.slot = Slot::Failing(now + MOST_FAILING);
+                    return self.advance(now);
+                }
+                Slot::Failing(latest) => {
+                    let removable = self.answered_at.map(|at| latest.min(at + FAIL_TO_REMOVE));
                     self.slot_at = removable.filter(|at| *at > now);
                     if self.slot_at.is_none() {
-                        return self.advance(now);
+                        self.swapped = false;
+                        self.slot = Slot::Removing;
+                        self.send_acked(self.reader, Body::CardRemove, now);
                     }
-                }
-                Slot::Failing if due => {
-                    self.swapped = false;
-                    self.slot = Slot::Removing;
-                    self.send_acked(self.reader, Body::CardRemove, now);
                 }
                 Slot::Empty if self.leaving.is_some() => {
                     self.send_acked(self.reader, Body::ReaderRemove, now);
@@ -602,7 +600,7 @@ impl Client {
                 _ => {}
             }
         }
-        self.next_command();
+        self.next_command(now);
     }
 
     fn leave(&mut self, now: Instant) {
@@ -635,7 +633,7 @@ impl Client {
             return self.nonsense();
         }
         if self.slot != Slot::Present {
-            return self.send_error();
+            return self.send_error(now);
         }
         let work = match Command::parse(bytes.expose()) {
             Ok(command) => Work::Waiting(command),
@@ -659,40 +657,38 @@ impl Client {
 
     /// Nothing of what was asked of the card before counts any more.
     fn power_on(&mut self, now: Instant) {
-        self.fail_pending();
+        self.fail_pending(now);
         if self.slot == Slot::Present {
             self.wait_for(Work::PowerOn, now);
         } else {
-            self.send_error();
+            self.send_error(now);
         }
     }
 
-    fn powered(&mut self, token: Token, atr: Option<Atr>) {
+    fn powered(&mut self, token: Token, atr: Option<Atr>, now: Instant) {
         if !self.take_front(token) {
             return;
         }
         match atr {
             Some(atr) => self.send(self.reader, Body::PowerOn(Bytes::copy_from_slice(atr.as_bytes()))),
-            None => self.send_error(),
+            None => self.send_error(now),
         }
     }
 
-    /// Tells the host of every command that it will get no answer; returns how many there were.
-    fn fail_pending(&mut self) -> usize {
-        let pending = std::mem::take(&mut self.pending);
-        for pending in &pending {
+    /// Tells the host of every command that it will get no answer.
+    fn fail_pending(&mut self, now: Instant) {
+        for pending in std::mem::take(&mut self.pending) {
             match pending.work {
                 Work::Flush => self.send(self.reader, Body::FlushComplete),
                 Work::Refused(reader) => self.send(reader, Body::Error(ErrorCode::GENERAL)),
-                _ => self.send_error(),
+                _ => self.send_error(now),
             }
         }
         // The card need not be powered any more, however often that was asked.
         self.output.retain(|output| !matches!(output, Output::PowerOn(_)));
-        pending.len()
     }
 
-    fn next_command(&mut self) {
+    fn next_command(&mut self, now: Instant) {
         while let Some(front) = self.pending.front_mut() {
             match std::mem::replace(&mut front.work, Work::Given) {
                 Work::Given => return,
@@ -701,7 +697,7 @@ impl Client {
                 }
                 Work::Known(status) => {
                     self.pending.pop_front();
-                    self.send_response(&status.into());
+                    self.send_response(&status.into(), now);
                 }
                 Work::Refused(reader) => {
                     self.pending.pop_front();
@@ -729,25 +725,26 @@ impl Client {
         if !self.take_front(token) {
             return;
         }
-        self.answered_at = Some(now);
         let most = self
             .extension
             .map_or(MOST_RESPONSE, |host| host.response.min(MAX_EXTENDED_PAYLOAD as u32) as usize);
         match response {
-            Some(response) if response.as_bytes().len() <= most => self.send_response(&response),
+            Some(response) if response.as_bytes().len() <= most => self.send_response(&response, now),
             _ => {
                 self.notice(Notice::NotAnswered);
-                self.send_error();
+                self.send_error(now);
             }
         }
     }
 
-    fn send_response(&mut self, response: &Response) {
+    fn send_response(&mut self, response: &Response, now: Instant) {
+        self.answered_at = Some(now);
         self.send(self.reader, Body::Apdu(Secret::from(response.as_bytes())));
     }
 
     /// Fails the oldest APDU that the host waits for.
-    fn send_error(&mut self) {
+    fn send_error(&mut self, now: Instant) {
+        self.answered_at = Some(now);
         self.send(self.reader, Body::Error(ErrorCode::GENERAL));
     }
 

@@ -320,6 +320,40 @@ fn removal_leaves_time_for_the_last_answer() {
 }
 
 #[test]
+fn removal_leaves_time_for_the_answer_to_a_malformed_command() {
+    let mut bench = Bench::present(Qemu::default());
+    bench.apdu(&[0, 0xA4]);
+    bench.client.handle(Input::Removed, bench.now);
+    let start = bench.now;
+    bench.pump();
+    assert_eq!(bench.qemu.seen, ["answer 6700"]);
+    bench.run_until("removal", |bench| bench.qemu.card.is_none());
+    assert_eq!(bench.now - start, FAIL_TO_REMOVE);
+}
+
+#[test]
+fn removal_leaves_time_for_a_guest_that_tries_again_but_not_for_ever() {
+    let pace = Duration::from_millis(400);
+    for (tries, expected) in [(2, 2 * pace + FAIL_TO_REMOVE), (100, MOST_FAILING)] {
+        let mut bench = Bench::present(Qemu::default());
+        bench.apdu(&[0, 0xA4, 4, 0]);
+        let start = bench.now;
+        bench.client.handle(Input::Removed, start);
+        for _ in 0..tries {
+            bench.now += pace;
+            bench.client.handle_deadline(bench.now);
+            bench.pump();
+            if bench.qemu.card.is_none() {
+                break;
+            }
+            bench.apdu(&[0, 0xA4, 4, 0]);
+        }
+        bench.run_until("removal", |bench| bench.qemu.card.is_none());
+        assert_eq!(bench.now - start, expected);
+    }
+}
+
+#[test]
 fn another_card_is_a_removal_and_an_insertion() {
     let mut bench = Bench::present(Qemu::default());
     bench.client.handle(Input::Inserted(atr()), bench.now);
