@@ -217,12 +217,14 @@ fn tries(status: StatusWord) -> Option<u8> {
 }
 
 /// Whether the card found the command at fault before it compared anything. Cards whose PIN cannot be changed say 6985
-/// to whoever wants to, and others may to a VERIFY for reasons of their own.
+/// to whoever wants to, and others may to a VERIFY for reasons of their own. 6A80 to a VERIFY is a PIN that cannot be
+/// one (SP 800-73-4 Part 2 §3.2.1); to the others it may be about the new PIN, with the old one compared.
 fn is_untried(instruction: u8, status: StatusWord) -> bool {
     let changes = matches!(instruction & 0xFE, ins::CHANGE_REFERENCE_DATA | ins::RESET_RETRY_COUNTER);
     matches!(status.sw1(), 0x67 | 0x68 | 0x6B..=0x6E)
         || matches!(status.0, 0x6A81 | 0x6A86 | 0x6A88)
         || (changes && status == StatusWord::CONDITIONS_NOT_SATISFIED)
+        || (instruction & 0xFE == ins::VERIFY && status == StatusWord::INCORRECT_DATA)
 }
 
 impl KeepingCard {

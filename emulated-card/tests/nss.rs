@@ -570,7 +570,7 @@ fn the_secret_decides() {
     }
     for unfit in ["card password\0", "card password\0more", "\0", &"x".repeat(501)] {
         let error = unlock(&store, unfit).err().unwrap();
-        assert!(matches!(error, UnlockError::NotChecked(_)), "{unfit:?}: {error}");
+        assert!(matches!(error, UnlockError::Unfit(_)), "{unfit:?}: {error}");
     }
     let unlocked = unlock(&store, PASSWORD).unwrap();
     assert_key(&store, &*unlocked, 0);

@@ -212,7 +212,7 @@ fn a_token_is_listed_and_used() {
     }
 
     assert_eq!(unlock(&store, "654321").err(), Some(UnlockError::Wrong));
-    assert!(matches!(unlock(&store, "123456\0").err(), Some(UnlockError::NotChecked(_))));
+    assert!(matches!(unlock(&store, "123456\0").err(), Some(UnlockError::Unfit(_))));
     let unlocked = unlock(&store, PIN).unwrap();
     let signature = [&[0, 1], &[0xff; 200][..], &[0], &[7; 53]].concat();
     let mut other = signature.clone();
@@ -387,7 +387,7 @@ fn wrong_pins_are_counted() {
     assert_eq!(reference.tries_left().unwrap(), 2);
     // SoftHSM's have 4 to 255 bytes.
     for unfit in ["123", &"1".repeat(256)] {
-        assert!(matches!(verify(unfit).err(), Some(PinError::NotChecked(_))));
+        assert!(matches!(verify(unfit).err(), Some(PinError::Impossible(_))));
     }
     assert_eq!(reference.tries_left().unwrap(), 2);
     drop(verify(PIN).unwrap());
@@ -438,7 +438,7 @@ fn a_token_that_fails_when_it_has_the_pin_may_have_counted() {
     assert!(matches!(unlock(&*store, PIN).err(), Some(UnlockError::Unclear(_))));
     let reference = reference(&host, &store);
     let verify = |pin: &str| reference.verify(&Secret::from(pin.as_bytes()), &*store).err();
-    assert!(matches!(verify("123456\0"), Some(PinError::NotChecked(_))));
+    assert!(matches!(verify("123456\0"), Some(PinError::Impossible(_))));
     assert_eq!(reference.tries_left().unwrap(), 3);
     for left in [2, 1, 0] {
         assert!(matches!(verify(PIN), Some(PinError::NotChecked(_))));

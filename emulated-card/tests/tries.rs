@@ -257,6 +257,31 @@ async fn a_card_that_changes_no_pin_uses_no_try_for_it() {
     }
 }
 
+/// A CAC whose PIN's tries are not told while it is verified: a PIN that is too short for its token costs none.
+#[tokio::test]
+async fn a_pin_that_cannot_be_one_uses_no_try() {
+    let mut verified = false;
+    let mut left = 3;
+    let mut card = power(move |command| match command.data() {
+        [] if command.p1() != 0 => StatusWord::INCORRECT_P1P2,
+        [] if verified => StatusWord::SUCCESS,
+        [] => StatusWord::tries_left(left),
+        [_, _] => StatusWord::INCORRECT_DATA,
+        pin => {
+            verified = pin == PIN;
+            left = if verified { 3 } else { left - 1 };
+            if verified { StatusWord::SUCCESS } else { StatusWord::tries_left(left) }
+        }
+    })
+    .await;
+    let verify = [0, 0x20, 0, 0];
+    assert_eq!(status(&mut card, verify, WRONG).await, 0x63C2);
+    for _ in 0..5 {
+        assert_eq!(status(&mut card, verify, b"12").await, 0x6A80);
+        assert_eq!(status(&mut card, verify, PIN).await, 0x9000);
+    }
+}
+
 #[tokio::test]
 async fn another_program_gives_a_guest_its_tries_back() {
     // A card whose PIN stays verified is tried no more often for that.

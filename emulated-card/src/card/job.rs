@@ -104,7 +104,8 @@ impl Complaints {
                 StatusWord::NO_DIAGNOSIS
             }
             PinError::NotSupported => StatusWord::CONDITIONS_NOT_SATISFIED,
-            PinError::Unfit(_) => StatusWord::INCORRECT_DATA,
+            // SP 800-73-4 Part 2 §3.2.1: what tells a PIN that was not compared from a wrong one.
+            PinError::Unfit(_) | PinError::Impossible(_) => StatusWord::INCORRECT_DATA,
         }
     }
 }

@@ -153,6 +153,9 @@ pub enum UnlockError {
     /// The store itself has blocked the secret.
     #[error("the password is locked")]
     Locked,
+    /// No password of the store is like this one, by its length or a byte of it, so it was not compared.
+    #[error("the password cannot be right: {0}")]
+    Unfit(String),
     /// The secret was not compared, so nothing is known about it.
     #[error("the password could not be checked: {0}")]
     NotChecked(String),

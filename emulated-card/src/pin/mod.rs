@@ -39,6 +39,9 @@ pub enum PinError {
     /// The counter could not be read or written, so the PIN was not compared.
     #[error("the PIN's state is not usable: {0}")]
     State(#[from] StateError),
+    /// No PIN is like this one; it was not compared, and no try was used.
+    #[error("the PIN cannot be right: {0}")]
+    Impossible(String),
     /// The PIN could not be compared (the key store failed). No try was used, unless the store was a token that failed
     /// when it had the PIN already.
     #[error("{0}")]
@@ -261,7 +264,7 @@ impl ReferenceData {
             Kind::Store(place) => {
                 let outcome = self.count(&mut *place.lock()?, PIN, |_| {
                     let outcome = store.unlock(pin);
-                    if !matches!(outcome, Err(UnlockError::NotChecked(_))) {
+                    if !matches!(outcome, Err(UnlockError::Unfit(_) | UnlockError::NotChecked(_))) {
                         let told = outcome.is_err() && self.was_wrong() == Some(true);
                         self.told.store(told, Ordering::SeqCst);
                     }
@@ -463,6 +466,10 @@ impl ReferenceData {
                 slot.write(&before)?;
                 Err(PinError::NotChecked(cause))
             }
+            Err(Failure::Unfit(cause)) => {
+                slot.write(&before)?;
+                Err(PinError::Impossible(cause))
+            }
         }
     }
 }
@@ -585,6 +592,7 @@ impl Slot for MutexGuard<'_, Contents> {
 enum Failure {
     Wrong,
     Locked,
+    Unfit(String),
     NotChecked(String),
     Unclear(String),
 }
@@ -594,6 +602,7 @@ impl From<UnlockError> for Failure {
         match error {
             UnlockError::Wrong => Self::Wrong,
             UnlockError::Locked => Self::Locked,
+            UnlockError::Unfit(cause) => Self::Unfit(cause),
             UnlockError::NotChecked(cause) => Self::NotChecked(cause),
             UnlockError::Unclear(cause) => Self::Unclear(cause),
         }

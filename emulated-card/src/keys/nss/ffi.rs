@@ -477,10 +477,11 @@ pub(super) struct TokenInfo {
 impl TokenInfo {
     /// Whether both are of one token, as far as that can be told.
     pub(super) fn is_of_same_token(&self, other: &Self) -> bool {
-        let name = |info: &Self| {
-            [&info.label, &info.manufacturer, &info.model, &info.serial_number].map(String::clone)
-        };
-        name(self) == name(other)
+        self.names() == other.names()
+    }
+
+    fn names(&self) -> [&String; 4] {
+        [&self.label, &self.manufacturer, &self.model, &self.serial_number]
     }
 
     /// CKF_TOKEN_INITIALIZED.
@@ -493,11 +494,12 @@ impl TokenInfo {
         self.flags & 0x4 != 0
     }
 
-    /// How many bytes its PIN has, by ulMinPinLen and ulMaxPinLen; a token that does not know them may say 0.
+    /// How many bytes its PIN has, by ulMinPinLen and ulMaxPinLen; a token that does not know them may say 0, or
+    /// CK_UNAVAILABLE_INFORMATION.
     pub(super) fn pin_lengths(&self) -> std::ops::RangeInclusive<usize> {
         let length = |length| usize::try_from(length).unwrap_or(usize::MAX);
         match (length(self.min_pin), length(self.max_pin)) {
-            (min, max) if max != 0 && min <= max => min..=max,
+            (min, max) if min <= max && max != 0 && min != usize::MAX => min..=max,
             _ => 0..=usize::MAX,
         }
     }

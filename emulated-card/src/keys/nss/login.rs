@@ -17,16 +17,16 @@ const MAX_PASSWORD: usize = 500;
 
 /// What a password is compared with by NSS, which takes it as a C string.
 pub(super) fn check_password(slot: &Slot, place: &Place, secret: &Secret) -> Result<(), UnlockError> {
-    let not_checked = |reason: &str| Err(UnlockError::NotChecked(reason.to_owned()));
+    let unfit = |reason: &str| Err(UnlockError::Unfit(reason.to_owned()));
     if secret.len() > MAX_PASSWORD {
-        return not_checked("longer than 500 bytes");
+        return unfit("longer than 500 bytes");
     }
     let mut password = Zeroizing::new(Vec::with_capacity(secret.len() + 1));
     password.extend_from_slice(secret.expose());
     password.push(0);
     // With a zero inside, only what stands before it would be compared.
     let Ok(password) = CStr::from_bytes_with_nul(&password) else {
-        return not_checked("it holds a zero byte");
+        return unfit("it holds a zero byte");
     };
     match slot.log_in(password) {
         Login::Accepted => Ok(()),
@@ -35,7 +35,7 @@ pub(super) fn check_password(slot: &Slot, place: &Place, secret: &Secret) -> Res
         // A token may have counted before it failed: pulled out in the middle, for instance. NSS compares the password
         // of a database itself.
         Login::NotChecked(error) => match place {
-            Place::Database => not_checked(&error.to_string()),
+            Place::Database => Err(UnlockError::NotChecked(error.to_string())),
             Place::Token { .. } => Err(UnlockError::Unclear(error.to_string())),
         },
     }
@@ -131,13 +131,19 @@ impl Keys {
         let mut current = self.lock();
         // Also before a check that fails without asking NSS: after any error nobody is logged in.
         self.end(&mut current);
+        let removed = || "the token was removed".to_owned();
         // Another token must not be given the PIN.
         if !self.is_in() {
-            return Err(UnlockError::NotChecked("the token was removed".into()));
+            return Err(UnlockError::NotChecked(removed()));
         }
-        self.check_askable(secret).map_err(|reason| UnlockError::NotChecked(reason.into()))?;
+        self.check_askable(secret)?;
         if self.needs_login() {
             check_password(&self.slot, &self.place, secret)?;
+            // Nor may its word count for this one, should it have come just now.
+            if !self.is_in() {
+                self.end(&mut current);
+                return Err(UnlockError::Unclear(removed()));
+            }
         }
         match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
             Ok(keys) => current.keys = keys,
@@ -154,12 +160,12 @@ impl Keys {
 
     /// What a token would refuse without a comparison, with an error that does not tell so: the guest is not to lose a
     /// try by it.
-    fn check_askable(&self, secret: &Secret) -> Result<(), &'static str> {
+    fn check_askable(&self, secret: &Secret) -> Result<(), UnlockError> {
         let Place::Token { needs_login: true, pin_lengths, .. } = &self.place else { return Ok(()) };
         if !pin_lengths.contains(&secret.len()) {
-            Err("the token has no PIN of that length")
+            Err(UnlockError::Unfit("the token has no PIN of that length".into()))
         } else if !self.slot.needs_login() {
-            Err("the token does not ask for its PIN now")
+            Err(UnlockError::NotChecked("the token does not ask for its PIN now".into()))
         } else {
             Ok(())
         }

@@ -172,7 +172,7 @@ impl KeyStore for TokenStore {
         match outcome {
             Ok(_) => *stale = self.token.current_info().as_ref().and_then(hint),
             Err(UnlockError::Wrong | UnlockError::Locked | UnlockError::Unclear(_)) => *stale = None,
-            Err(UnlockError::NotChecked(_)) => {}
+            Err(UnlockError::Unfit(_) | UnlockError::NotChecked(_)) => {}
         }
         Ok(Box::new(outcome?))
     }
