@@ -5,15 +5,16 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
+use rustix::process::{Resource, Rlimit, Signal};
 
 /// For the cards at the end, and for the process. A PKCS#11 module may keep a thread for ever.
 const CLOSING: Duration = Duration::from_secs(2);
 
-/// To be called before there are PINs, passwords and keys in the process: no core file, no debugger of another process
-/// of the user.
+/// To be called before there are PINs, passwords and keys in the process: no core file and, on Linux, no debugger of
+/// another process of the user.
 pub fn keep_memory_private() {
-    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
 }
 

@@ -585,8 +585,8 @@ impl CardSetup {
             );
             return Ok(ReferenceData::any(password));
         }
-        if self.pin_file.is_some() || ReferenceData::card_has_pin(directory, claim)? {
-            let is_new = !ReferenceData::card_has_pin(directory, claim)?;
+        let is_new = !ReferenceData::card_has_pin(directory, claim)?;
+        if self.pin_file.is_some() || !is_new {
             let check_pin: fn(&Secret) -> Result<(), CardPinError> = match self.profile {
                 // It will be ignored.
                 _ if !is_new => |_| Ok(()),

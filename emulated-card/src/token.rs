@@ -257,16 +257,14 @@ impl Shared {
                 .inserted
                 .as_ref()
                 .map(|inserted| (inserted.token.clone(), inserted.slot.has_failed()));
-            if matches!(inserted, Some((_, true))) {
-                self.remove();
-                self.failed.send_replace(true);
-                return;
-            }
-            if inserted.is_some_and(|(token, _)| self.watch.tokens().contains(&token)) {
+            if inserted.is_some_and(|(token, failed)| !failed && self.watch.tokens().contains(&token)) {
                 // Whatever else came or went.
                 continue;
             }
-            self.remove();
+            if self.remove() {
+                self.failed.send_replace(true);
+                return;
+            }
             let found = self.find().unwrap_or_else(|error| {
                 tracing::warn!("no card: {error}");
                 None
@@ -322,17 +320,17 @@ impl Shared {
         Ok(())
     }
 
-    fn remove(&self) {
-        let removed = self.lock().inserted.take();
-        if let Some(inserted) = removed {
-            self.presence.send_replace(Presence::Absent);
-            // A power-up that runs beside this may hold the slot yet.
-            inserted.slot.close();
-            // With it the login ends, before another one on the same token begins, and so does the store's claim. What
-            // it is about fails soon on a token that is out. If it failed for good, that was told.
-            let _ = inserted.worker.join();
-            tracing::info!("the card on the token {:?} is gone", inserted.token.label());
-        }
+    /// Removes the card, if one is in. Tells whether a fault ended it, perhaps only now.
+    fn remove(&self) -> bool {
+        let Some(inserted) = self.lock().inserted.take() else { return false };
+        self.presence.send_replace(Presence::Absent);
+        // A power-up that runs beside this may hold the slot yet.
+        inserted.slot.close();
+        // With it the login ends, before another one on the same token begins, and so does the store's claim. What it
+        // is about fails soon on a token that is out.
+        let failed = inserted.worker.join().is_err();
+        tracing::info!("the card on the token {:?} is gone", inserted.token.label());
+        failed
     }
 }
 
