@@ -1,10 +1,12 @@
 //! The commands a user can type on a terminal.
 
 use std::io::{self, BufRead, IsTerminal, Read, Write};
+use std::sync::{Arc, Weak};
 
 use emulated_card::setup::OpenCard;
+use emulated_card::shell::CardSlot;
 use tokio::sync::mpsc;
-use vscard_protocol::{CardSource, Presence};
+use vscard_protocol::{CardSource, Presence, PresenceWatch};
 
 use crate::log::Level;
 use crate::session::Wish;
@@ -23,13 +25,20 @@ const MOST_LINE: u64 = 4096;
 
 /// What a console acts on.
 pub(crate) struct Console {
-    pub(crate) card: OpenCard,
-    pub(crate) reader: String,
-    pub(crate) level: Level,
-    pub(crate) wishes: mpsc::Sender<Wish>,
+    /// Not the card itself: the thread outlives it.
+    slot: Option<Weak<CardSlot>>,
+    presence: PresenceWatch,
+    reader: String,
+    level: Level,
+    wishes: mpsc::Sender<Wish>,
 }
 
 impl Console {
+    pub(crate) fn new(card: &OpenCard, reader: String, level: Level, wishes: mpsc::Sender<Wish>) -> Self {
+        let slot = card.slot.as_ref().map(Arc::downgrade);
+        Self { slot, presence: card.source.presence(), reader, level, wishes }
+    }
+
     /// Reads commands on a thread of its own, if standard input is a terminal; ends with its end.
     pub(crate) fn start(self) {
         if !io::stdin().is_terminal() || !in_foreground() {
@@ -41,7 +50,7 @@ impl Console {
         }
     }
 
-    fn run(self) {
+    fn run(mut self) {
         loop {
             print("> ");
             let Ok(Some(line)) = read_line(&mut io::stdin().lock()) else { return print("\n") };
@@ -56,7 +65,7 @@ impl Console {
         }
     }
 
-    fn command(&self, line: &str) -> Answer {
+    fn command(&mut self, line: &str) -> Answer {
         let mut words = line.split_whitespace();
         let Some(word) = words.next() else { return Answer::Text(String::new()) };
         let argument = words.next();
@@ -73,20 +82,22 @@ impl Console {
                 "there is one reader, 0".into()
             }
             "insert" | "remove" => {
-                let Some(slot) = &self.card.slot else {
+                let is_in = self.is_in();
+                let Some(slot) = &self.slot else {
                     return Answer::Text("this card comes and goes with what it is in".into());
                 };
-                match (command, self.is_in()) {
-                    ("insert", true) => "the card is in".into(),
-                    ("remove", false) => "the card is out".into(),
-                    ("insert", false) => {
+                match (command, is_in, slot.upgrade()) {
+                    ("insert", true, _) => "the card is in".into(),
+                    ("remove", false, _) => "the card is out".into(),
+                    ("insert", false, Some(slot)) => {
                         slot.insert();
                         String::new()
                     }
-                    _ => {
+                    (_, _, Some(slot)) => {
                         slot.remove();
                         String::new()
                     }
+                    (_, _, None) => String::new(),
                 }
             }
             "select" => "reader 0 is selected".into(),
@@ -98,8 +109,8 @@ impl Console {
         })
     }
 
-    fn is_in(&self) -> bool {
-        matches!(self.card.source.presence().get(), Presence::Present { .. })
+    fn is_in(&mut self) -> bool {
+        matches!(self.presence.get(), Presence::Present { .. })
     }
 }
 

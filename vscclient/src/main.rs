@@ -101,7 +101,7 @@ fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Conne
         Ok(runtime) => runtime,
         Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
     };
-    let console = Console { card: card.clone(), reader: spec.reader.clone(), level, wishes: wishes.clone() };
+    let console = Console::new(card, spec.reader.clone(), level, wishes.clone());
     let end = runtime.block_on(async {
         let channel = tokio::select! {
             channel = Channel::open(endpoint, connection.plaintext()) => channel,

@@ -1,8 +1,10 @@
 //! It ends when it is told to, whatever hangs in it.
 #![allow(clippy::unwrap_used, reason = "a test says where it failed")]
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{SendFlags, send};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use tempfile::TempDir;
 
 /// What takes longer never comes.
@@ -32,6 +35,20 @@ impl Service {
     }
 
     fn with(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
+        let program = Command::new(env!("CARGO_BIN_EXE_vscclient"));
+        Self::run(program, Stdio::null(), environment, arguments)
+    }
+
+    /// With the console that a terminal has.
+    fn on(terminal: OwnedFd) -> Self {
+        let mut program = Command::new("setsid");
+        program.args(["--ctty", env!("CARGO_BIN_EXE_vscclient")]).stdout(Stdio::null());
+        let mut service = Self::run(program, terminal.into(), &[], &[]);
+        service.line("listening on unix-listen:");
+        service
+    }
+
+    fn run(mut command: Command, input: Stdio, environment: &[(&str, &str)], arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let module = path("stuck.so");
@@ -42,11 +59,10 @@ impl Service {
         assert!(compiler.status().unwrap().success());
         let (log, stderr) = UnixStream::pair().unwrap();
         log.set_read_timeout(Some(NEVER)).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vscclient"));
         command.arg("--module").arg(&module).args(arguments);
         command.arg(format!("unix-listen:{}", path("vm.sock").display()));
         command.env("STUCK", path("now")).env("XDG_STATE_HOME", path("state")).envs(environment.to_vec());
-        command.stdin(Stdio::null()).stderr(OwnedFd::from(stderr.try_clone().unwrap()));
+        command.stdin(input).stderr(OwnedFd::from(stderr.try_clone().unwrap()));
         let process = command.spawn().unwrap();
         Self { directory, process, log: BufReader::new(log), stderr }
     }
@@ -97,6 +113,22 @@ fn with_a_module_that_hangs_it_leaves_in_order() {
     service.terminate();
     assert_eq!(service.end(|_| {}).code(), Some(0));
     assert!(!service.path("vm.sock").exists());
+}
+
+/// Whatever was not given up is lost at once.
+#[test]
+fn on_a_terminal_its_card_is_given_up_too() {
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let other =
+        std::fs::File::options().read(true).write(true).open(OsStr::from_bytes(name.to_bytes())).unwrap();
+    let mut service = Service::on(other.into());
+    service.hang();
+    service.terminate();
+    service.line("ended without a card whose module does not come back");
+    assert_eq!(service.end(|_| {}).code(), Some(0));
 }
 
 #[test]
