@@ -65,10 +65,10 @@ listens or begins to connect.
 Commands on a terminal: insert, remove, select, list, debug, help, exit.
 
 Exit status:
-  0  ended by the user (SIGINT, SIGTERM or exit), the card taken out of the guest if it was in
-  1  ended by a second signal, without waiting for the guest
+  0  ended by SIGINT, SIGTERM, SIGHUP or exit, the card out of the guest; unlock, new-card: done
+  1  ended by a second signal, without waiting for the guest, or for the tools of new-card
   2  the command line is wrong
-  3  the card cannot be made: keys, certificate, PIN or state
+  3  the card cannot be made: keys, certificate, PIN or state; new-card was interrupted
   4  the connection failed or was lost, with --no-reconnect
   5  the endpoint cannot be used at all
   6  the card was lost by a fault of vscclient or its libraries; a new start brings it back

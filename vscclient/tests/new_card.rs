@@ -130,7 +130,12 @@ fn a_card_is_made_where_a_maker_was_killed() {
 fn a_second_signal_ends_it_while_a_tool_hangs() {
     let place = Place::new();
     place.tool("certutil", "for _ in $(seq 600); do kill -TERM $PPID || exit 1; sleep 0.1; done");
-    assert_eq!(place.new_card().status.code(), Some(1));
+    let output = place.new_card();
+    assert_eq!(output.status.code(), Some(1));
+    // Whoever wanted no card does not want its keys to lie about unseen.
+    assert_eq!(place.entries("card").len(), 1);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("card/.new-card-* is left"), "{said}");
 }
 
 #[test]

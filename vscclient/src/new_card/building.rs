@@ -16,7 +16,8 @@ use rustix::io::Errno;
 use super::directory::{CARD_FILE, STATE};
 use super::{NewCardError, make_directory};
 
-const PREFIX: &str = ".new-card-";
+/// What its name begins with.
+pub(super) const PREFIX: &str = ".new-card-";
 
 /// A directory in the card's own, which another maker of a card there has not. It is inside and not beside, so that the
 /// card's directory can be a mount point, the working directory of a shell, or in a directory nobody may write to.

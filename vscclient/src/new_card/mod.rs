@@ -183,7 +183,7 @@ impl NewCard {
     /// Makes the card, all of it or nothing, and says where it is.
     pub(crate) fn run(self) -> Result<String, NewCardError> {
         let secrets = self.secrets()?;
-        interrupt::watched(|interrupted| {
+        interrupt::watched(&self.directory, |interrupted| {
             let building = Building::begin(&self.directory)?;
             let filled = self.fill(building.path(), &secrets, interrupted);
             // A terminal interrupts NSS's tools too, and then they fail.
