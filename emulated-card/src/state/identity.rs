@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::directory::{FileLock, try_lock};
 use super::format::Contents;
-use super::record::{Record, card_stem, token_stem};
+use super::record::{Record, card_stem};
 use super::{StateDirectory, StateError, hash_with_length, hex};
 use crate::keys::Certificate;
 
@@ -110,8 +110,9 @@ impl StateDirectory {
     ///
     /// # Errors
     /// [`StateError::TokenInUse`] while another card, in this process or another, is on it.
-    pub fn claim_token(&self, token: &str) -> Result<TokenClaim, StateError> {
-        match self.lock_claim(&token_stem(token))? {
+    #[cfg(all(unix, feature = "nss"))]
+    pub(crate) fn claim_token(&self, token: &str) -> Result<TokenClaim, StateError> {
+        match self.lock_claim(&super::record::token_stem(token))? {
             Some(lock) => Ok(TokenClaim { _lock: lock }),
             None => Err(StateError::TokenInUse { token: token.to_owned() }),
         }
@@ -163,8 +164,9 @@ impl CardClaim {
 }
 
 /// A card's hold on a token, from [`StateDirectory::claim_token`]. Dropping it lets another card have the token.
+#[cfg(all(unix, feature = "nss"))]
 #[derive(Debug)]
-pub struct TokenClaim {
+pub(crate) struct TokenClaim {
     _lock: FileLock,
 }
 

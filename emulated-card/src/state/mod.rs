@@ -32,7 +32,9 @@ mod record;
 pub use directory::sync_directory;
 use directory::{Directory, make_directory};
 pub(crate) use format::Contents;
-pub use identity::{CardClaim, CardId, TokenClaim};
+#[cfg(all(unix, feature = "nss"))]
+pub(crate) use identity::TokenClaim;
+pub use identity::{CardClaim, CardId};
 pub(crate) use record::{LockedRecord, Record};
 
 /// Why a card's state could not be used.

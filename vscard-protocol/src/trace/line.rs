@@ -15,20 +15,20 @@ const SHOWN: usize = 32;
 /// masked from the length byte on, as are the answers to private-key operations, the parts that GET RESPONSE fetches
 /// included.
 #[derive(Debug, Default)]
-pub struct Redactor {
+pub(super) struct Redactor {
     /// The last command that was not GET RESPONSE had a secret answer.
     answer_is_secret: bool,
 }
 
 impl Redactor {
     /// A command on its own, for one that got no response.
-    pub fn command(&mut self, command: &[u8]) -> String {
+    pub(super) fn command(&mut self, command: &[u8]) -> String {
         self.note(command);
         describe(command)
     }
 
     /// A command and its response.
-    pub fn exchange(&mut self, command: &[u8], response: &[u8]) -> String {
+    pub(super) fn exchange(&mut self, command: &[u8], response: &[u8]) -> String {
         let mut line = self.command(command);
         let (data, status) = response.split_at(response.len().saturating_sub(2));
         line.push_str(" | ");

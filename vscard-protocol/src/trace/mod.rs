@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use crate::card::PresenceWatch;
 use crate::{Atr, Card, CardError, CardSource, Command, Response};
 
-pub use line::Redactor;
+use line::Redactor;
 
 /// Where trace lines go.
 pub type Sink = Arc<dyn Fn(&str) + Send + Sync>;

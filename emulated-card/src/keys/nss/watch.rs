@@ -37,7 +37,7 @@ impl Token {
     }
 
     /// Whether its keys are behind a PIN.
-    pub fn needs_login(&self) -> bool {
+    pub(crate) fn needs_login(&self) -> bool {
         self.info.needs_login()
     }
 
