@@ -118,21 +118,14 @@ enum Kind {
     ResettingCode,
 }
 
-/// ENABLE and DISABLE VERIFICATION REQUIREMENT, and the odd instructions of all (ISO/IEC 7816-4 §11.6).
-const DISABLE_VERIFICATION: u8 = 0x26;
-const ENABLE_VERIFICATION: u8 = 0x28;
-
 impl Kind {
     fn of(command: &Command) -> Self {
         let (class, instruction) = (command.cla(), command.ins() & 0xFE);
-        match instruction {
-            ins::ENVELOPE => return Self::Refused(StatusWord::INS_NOT_SUPPORTED),
-            ins::VERIFY
-            | ins::CHANGE_REFERENCE_DATA
-            | ins::RESET_RETRY_COUNTER
-            | DISABLE_VERIFICATION
-            | ENABLE_VERIFICATION => {}
-            _ => return Self::Other,
+        if instruction == ins::ENVELOPE {
+            return Self::Refused(StatusWord::INS_NOT_SUPPORTED);
+        }
+        if !ins::has_reference_data(instruction) {
+            return Self::Other;
         }
         // ISO/IEC 7816-4 §5.4.1: first interindustry, further interindustry, proprietary values of CLA. Some of
         // the last kind keep the bits of the first; GlobalPlatform's from C0 on mean the channels of the second.

@@ -21,6 +21,10 @@ pub mod ins {
     pub const MANAGE_SECURITY_ENVIRONMENT: u8 = 0x22;
     /// CHANGE REFERENCE DATA.
     pub const CHANGE_REFERENCE_DATA: u8 = 0x24;
+    /// DISABLE VERIFICATION REQUIREMENT.
+    pub const DISABLE_VERIFICATION: u8 = 0x26;
+    /// ENABLE VERIFICATION REQUIREMENT.
+    pub const ENABLE_VERIFICATION: u8 = 0x28;
     /// PERFORM SECURITY OPERATION.
     pub const PERFORM_SECURITY_OPERATION: u8 = 0x2A;
     /// RESET RETRY COUNTER.
@@ -68,6 +72,8 @@ pub mod ins {
             VERIFY | VERIFY_ODD => "VERIFY",
             MANAGE_SECURITY_ENVIRONMENT => "MANAGE SECURITY ENVIRONMENT",
             CHANGE_REFERENCE_DATA => "CHANGE REFERENCE DATA",
+            DISABLE_VERIFICATION => "DISABLE VERIFICATION REQUIREMENT",
+            ENABLE_VERIFICATION => "ENABLE VERIFICATION REQUIREMENT",
             PERFORM_SECURITY_OPERATION => "PERFORM SECURITY OPERATION",
             RESET_RETRY_COUNTER => "RESET RETRY COUNTER",
             GET_CERTIFICATE => "GET CERTIFICATE",
@@ -89,6 +95,15 @@ pub mod ins {
             PUT_DATA => "PUT DATA",
             _ => return None,
         })
+    }
+
+    /// Whether the body of an instruction has reference data in it, such as a PIN: VERIFY, CHANGE REFERENCE DATA,
+    /// ENABLE and DISABLE VERIFICATION REQUIREMENT, RESET RETRY COUNTER, even and odd (ISO/IEC 7816-4 §11.6).
+    pub fn has_reference_data(ins: u8) -> bool {
+        matches!(
+            ins & 0xFE,
+            VERIFY | CHANGE_REFERENCE_DATA | DISABLE_VERIFICATION | ENABLE_VERIFICATION | RESET_RETRY_COUNTER
+        )
     }
 }
 

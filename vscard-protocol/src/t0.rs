@@ -76,28 +76,18 @@ impl T0Card {
     }
 }
 
-/// The even instructions of DISABLE and ENABLE VERIFICATION REQUIREMENT, UPDATE BINARY, PUT DATA and UPDATE RECORD
-/// (ISO/IEC 7816-4 §5.4.2).
-const DISABLE_VERIFICATION: u8 = 0x26;
-const ENABLE_VERIFICATION: u8 = 0x28;
+/// The even instructions of UPDATE BINARY, PUT DATA and UPDATE RECORD (ISO/IEC 7816-4 §5.4.2).
 const UPDATE_BINARY: u8 = 0xD6;
 const PUT_DATA: u8 = 0xDA;
 const UPDATE_RECORD: u8 = 0xDC;
 
 /// Whether a command never has response data; a card may refuse it with an Le.
 fn has_no_response(command: &Command) -> bool {
-    let silent = matches!(
-        command.ins() & 0xFE,
-        ins::VERIFY
-            | ins::MANAGE_SECURITY_ENVIRONMENT
-            | ins::CHANGE_REFERENCE_DATA
-            | DISABLE_VERIFICATION
-            | ENABLE_VERIFICATION
-            | ins::RESET_RETRY_COUNTER
-            | UPDATE_BINARY
-            | PUT_DATA
-            | UPDATE_RECORD
-    );
+    let silent = ins::has_reference_data(command.ins())
+        || matches!(
+            command.ins() & 0xFE,
+            ins::MANAGE_SECURITY_ENVIRONMENT | UPDATE_BINARY | PUT_DATA | UPDATE_RECORD
+        );
     // ISO/IEC 7816-4 §5.4.1; in a proprietary class the bit may mean anything. GSC-IS has its own, for SIGN/DECRYPT.
     let piece = match command.ins() {
         ins::SIGN_DECRYPT if command.p1() & 0x80 != 0 => true,
