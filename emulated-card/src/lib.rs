@@ -7,7 +7,7 @@ pub mod keys;
 #[cfg(feature = "pcsc")]
 pub mod pcsc;
 pub mod pin;
-#[cfg(unix)]
+#[cfg(all(unix, feature = "process"))]
 pub mod process;
 #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
 pub mod setup;

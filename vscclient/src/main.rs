@@ -11,14 +11,12 @@ mod session;
 mod vpcd;
 
 use std::io::{self, Write};
-use std::sync::{Arc, OnceLock};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use clap::Parser;
-use emulated_card::process::{close, end, keep_memory_private};
+use emulated_card::process::{close, end, keep_memory_private, watch_signals};
 use emulated_card::setup::OpenCard;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::mpsc;
 use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, Endpoint};
@@ -37,9 +35,6 @@ const NO_CARD: u8 = 3;
 const DISCONNECTED: u8 = 4;
 const UNUSABLE: u8 = 5;
 const CARD_LOST: u8 = 6;
-
-/// The same signal often comes twice: to the process and to its group.
-const SAME_SIGNAL: Duration = Duration::from_secs(1);
 
 fn main() {
     keep_memory_private();
@@ -97,7 +92,7 @@ fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
 fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Connection, level: Level) -> u8 {
     let (wishes, mut wanted) = mpsc::channel(4);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = match watch_signals(wishes.clone()).and(runtime) {
+    let runtime = match watch_ends(wishes.clone()).and(runtime) {
         Ok(runtime) => runtime,
         Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
     };
@@ -161,33 +156,13 @@ fn is_ignored(kind: SignalKind) -> bool {
     mask >> (kind.as_raw_value() - 1) & 1 == 1
 }
 
-/// The first signal leaves in order, another one more than a second later at once: on a thread of its own, whatever
-/// the others wait for.
-fn watch_signals(wishes: mpsc::Sender<Wish>) -> io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let leaving = Arc::new(OnceLock::new());
+/// The first signal leaves in order, another one more than a second later at once.
+fn watch_ends(wishes: mpsc::Sender<Wish>) -> io::Result<()> {
     let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate()];
     // Under nohup it stays ignored.
     if !is_ignored(SignalKind::hangup()) {
         kinds.push(SignalKind::hangup());
     }
-    for kind in kinds {
-        let mut signal = {
-            let _entered = runtime.enter();
-            signal(kind)?
-        };
-        let (wishes, leaving) = (wishes.clone(), leaving.clone());
-        runtime.spawn(async move {
-            while signal.recv().await.is_some() {
-                let since: Instant = *leaving.get_or_init(Instant::now);
-                if since.elapsed() > SAME_SIGNAL {
-                    end(KILLED.into());
-                }
-                let _ = wishes.try_send(Wish::Leave);
-            }
-        });
-    }
-    let wait = move || runtime.block_on(std::future::pending::<()>());
-    thread::Builder::new().name("signals".into()).spawn(wait)?;
-    Ok(())
+    let leave = move || drop(wishes.try_send(Wish::Leave));
+    watch_signals(&kinds, &[], leave, || KILLED.into())
 }

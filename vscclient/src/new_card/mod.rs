@@ -183,17 +183,15 @@ impl NewCard {
     /// Makes the card, all of it or nothing, and says where it is.
     pub(crate) fn run(self) -> Result<String, NewCardError> {
         let secrets = self.secrets()?;
-        interrupt::watched(&self.directory, |interrupted| {
-            let building = Building::begin(&self.directory)?;
-            let filled = self.fill(building.path(), &secrets, interrupted);
-            // A terminal interrupts NSS's tools too, and then they fail.
-            if interrupted.load(Ordering::Relaxed) {
-                return Err(NewCardError::Interrupted);
-            }
-            filled?;
-            building.finish()
-        })
-        .map_err(NewCardError::Signals)??;
+        let interrupted = interrupt::watch(self.directory.clone()).map_err(NewCardError::Signals)?;
+        let building = Building::begin(&self.directory)?;
+        let filled = self.fill(building.path(), &secrets, &interrupted);
+        // A terminal interrupts NSS's tools too, and then they fail.
+        if interrupted.load(Ordering::Relaxed) {
+            return Err(NewCardError::Interrupted);
+        }
+        filled?;
+        building.finish()?;
         let directory = self.directory.display();
         Ok(format!("{directory} holds a card of {}; {directory}/README.txt says how to use it", self.name))
     }

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 mod control;
-mod notify;
 mod spec;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,9 +13,9 @@ use std::time::{Duration, Instant};
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
 use clap::Parser;
-use emulated_card::process::{close, end, keep_memory_private};
+use emulated_card::process::{ServiceManager, close, end, keep_memory_private, watch_signals};
 use emulated_card::setup::{OpenCard, SetupError};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::SignalKind;
 use tokio::sync::{Notify, broadcast, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::Instrument;
@@ -33,6 +32,9 @@ const KILLED: i32 = 1;
 const USAGE: i32 = 2;
 const NO_CARD: i32 = 3;
 const UNUSABLE: i32 = 5;
+
+/// Between attempts to tell a service manager that does not read.
+const MANAGER_FULL: Duration = Duration::from_millis(250);
 
 const AFTER_HELP: &str = "\
 Readers: --reader KIND,[OPTIONS,]ENDPOINT
@@ -145,7 +147,7 @@ fn main() {
         .log_internal_errors(false)
         .init();
     let mut cards = Vec::new();
-    let result = watch_signals().and_then(|ended| {
+    let result = watch_ends().and_then(|ended| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| Failure::new(UNUSABLE, format!("no event loop: {error}")))?;
         let result = runtime.block_on(run(cli, &ended, &mut cards));
@@ -330,7 +332,7 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
     if let Some(channel) = control_channel {
         tokio::spawn(control::serve(channel, control.clone()));
     }
-    tokio::spawn(notify::ready());
+    tokio::spawn(tell_ready());
     tracing::info!("ready");
     Ok(Started { tasks, tellers, control })
 }
@@ -428,40 +430,27 @@ async fn carriers(
     Ok(carriers.into_iter().flatten().collect())
 }
 
-/// The signals that mean something, from the very start, on a thread of their own: whatever the others wait for, the
-/// first one ends it in order, and another one more than a second later at once.
-fn watch_signals() -> Result<Arc<Notify>, Failure> {
-    let failure = |error| Failure::new(UNUSABLE, format!("signals: {error}"));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failure)?;
-    let watch = |kind| {
-        let _runtime = runtime.enter();
-        signal(kind).map_err(failure)
-    };
-    let mut terminate = watch(SignalKind::terminate())?;
-    let mut interrupt = watch(SignalKind::interrupt())?;
-    let mut hangup = watch(SignalKind::hangup())?;
+/// The signals that mean something, from the very start.
+fn watch_ends() -> Result<Arc<Notify>, Failure> {
     let ended = Arc::new(Notify::new());
     let told = ended.clone();
-    let watching = async move {
-        let mut first = None;
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                // Nothing is to be read again, and no guest is to lose its card. Nor is it told: a line for which there
-                // is no room would stop this thread.
-                _ = hangup.recv() => continue,
-            }
-            // The same signal often comes twice: to the process and to its group.
-            if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
-                end(KILLED);
-            }
-            told.notify_one();
-        }
-    };
-    let thread = std::thread::Builder::new().name("signals".into());
-    thread.spawn(move || runtime.block_on(watching)).map_err(failure)?;
+    watch_signals(
+        &[SignalKind::terminate(), SignalKind::interrupt()],
+        // Nothing is to be read again, and no guest is to lose its card.
+        &[SignalKind::hangup()],
+        move || told.notify_one(),
+        || KILLED,
+    )
+    .map_err(|error| Failure::new(UNUSABLE, format!("signals: {error}")))?;
     Ok(ended)
+}
+
+/// The readers are there.
+async fn tell_ready() {
+    let Some(mut manager) = ServiceManager::of_environment() else { return };
+    while !manager.tell("READY=1\n") {
+        tokio::time::sleep(MANAGER_FULL).await;
+    }
 }
 
 fn trace_sink(reader: usize, slot: usize) -> vscard_protocol::trace::Sink {
