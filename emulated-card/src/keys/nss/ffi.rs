@@ -357,6 +357,12 @@ impl Slot {
         unsafe { PK11_GetSlotSeries(self.raw.as_ptr()) }
     }
 
+    /// Whether the token of the insertion with that [`series`](Self::series) is in.
+    pub(super) fn holds(&self, series: i32) -> bool {
+        // NSS notices another insertion only when it is asked whether a token is there.
+        self.is_present() && self.series() == series
+    }
+
     /// The slot's number in its module.
     pub(super) fn id(&self) -> c_ulong {
         // SAFETY: the slot is alive.

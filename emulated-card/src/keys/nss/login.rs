@@ -176,11 +176,11 @@ impl Keys {
         matches!(self.place, Place::Token { needs_login: true, .. }) || self.slot.needs_login()
     }
 
-    /// Whether the token is in. NSS has to be asked for it after an insertion in any case.
+    /// Whether the token is in.
     fn is_in(&self) -> bool {
         match self.place {
             Place::Database => true,
-            Place::Token { .. } => self.slot.is_present() && self.is_its_insertion(),
+            Place::Token { series, .. } => self.slot.holds(series),
         }
     }
 

@@ -49,7 +49,7 @@ impl Token {
     }
 
     fn is_in(&self) -> bool {
-        self.slot.is_present() && self.slot.series() == self.series
+        self.slot.holds(self.series)
     }
 
     /// Whether the same module reaches both.
