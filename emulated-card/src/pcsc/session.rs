@@ -213,11 +213,10 @@ impl Actor {
         loop {
             let answer = transmit(&transaction, *protocol, &command, buffer);
             let has_more = answer.as_ref().is_ok_and(|response| response.status().sw1() == 0x61);
-            let answer = answer.map_err(|error| (failure(error), leaving(error)));
-            let lost = answer.as_ref().err().filter(|(error, _)| *error == CardError::Removed);
-            let lost = lost.map(|(_, disposition)| *disposition);
-            let _ = reply.send(answer.map_err(|(error, _)| error));
-            if let Some(disposition) = lost {
+            let error = answer.as_ref().err().copied();
+            let _ = reply.send(answer.map_err(failure));
+            if let Some(error) = error.filter(|&error| failure(error) == CardError::Removed) {
+                let disposition = leaving(error);
                 return After::Lost(match transaction.end(disposition) {
                     Ok(()) => Disposition::LeaveCard,
                     Err(_) => disposition,
