@@ -346,11 +346,7 @@ impl CardSetup {
         }
         let reference = self.reference_data(&*store, &place, &directory, &claim)?;
         // Known now rather than when the user wonders why no PIN is right.
-        match reference.tries_left() {
-            Ok(0) => tracing::warn!("the PIN is blocked; `vscclient unlock` gives it its tries back"),
-            Ok(_) => {}
-            Err(error) => tracing::warn!("every PIN will be refused: {error}"),
-        }
+        warn_of_tries(&reference, 0, "the PIN is blocked; `vscclient unlock` gives it its tries back");
         // The identity it had the first time.
         let card = self.make(store, reference, claim.id().clone())?;
         let slot = CardSlot::claimed(card, claim).map_err(SetupError::Thread)?;
@@ -503,14 +499,9 @@ impl CardSetup {
             let store: Arc<dyn KeyStore> = store;
             let id = CardId::derive(store.certificates(), &setup.card_name);
             let reference = ReferenceData::of_token(&state, &name, store.clone(), DEFAULT_TRIES);
-            match reference.tries_left() {
-                Ok(left) if left <= keep => tracing::warn!(
-                    "no try of the token's PIN is left for the guest, until `vscclient unlock`, or, if the token has \
-                     few tries left itself, until the right PIN is given on the host"
-                ),
-                Ok(_) => {}
-                Err(error) => tracing::warn!("every PIN will be refused: {error}"),
-            }
+            let spent = "no try of the token's PIN is left for the guest, until `vscclient unlock`, or, if the token \
+                         has few tries left itself, until the right PIN is given on the host";
+            warn_of_tries(&reference, keep, spent);
             Ok(setup.make(store, reference, id)?)
         };
         let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
@@ -666,6 +657,15 @@ impl RawSetup {
         let card = PcscSource::open(self.config.clone()).map_err(SetupError::Thread)?;
         let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
         Ok(OpenCard { source, slot: None, token: None })
+    }
+}
+
+/// Says that no PIN will be taken for right: because no more than `kept` tries are left, or none can be counted.
+fn warn_of_tries(reference: &ReferenceData, kept: u8, spent: &str) {
+    match reference.tries_left() {
+        Ok(left) if left <= kept => tracing::warn!("{spent}"),
+        Ok(_) => {}
+        Err(error) => tracing::warn!("every PIN will be refused: {error}"),
     }
 }
 
