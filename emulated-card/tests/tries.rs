@@ -126,52 +126,49 @@ impl Cards {
     }
 }
 
-/// A card that is nothing but its answers, powered, with one try kept.
-async fn power(answer: impl FnMut(&Command) -> StatusWord + Send + 'static) -> Box<dyn Card> {
-    let presence = Presence::Present { insertion: 1, atr: atr(), limits: Limits::EXTENDED };
-    let answers = Answers(Arc::new(Mutex::new(answer)), watch::channel(presence).0);
-    KeepTries::new(answers, 1).power_on(1).await.unwrap()
+/// What a card is to a source.
+trait Model: Send {
+    fn power_on(&mut self) {}
+
+    fn transmit(&mut self, command: &Command) -> Result<StatusWord, CardError>;
 }
 
-type Answer = dyn FnMut(&Command) -> StatusWord + Send;
-
-struct Answers(Arc<Mutex<Answer>>, watch::Sender<Presence>);
-
-struct PoweredAnswers(Arc<Mutex<Answer>>, Atr);
-
-#[async_trait]
-impl CardSource for Answers {
-    fn presence(&self) -> PresenceWatch {
-        self.1.subscribe().into()
+impl Model for Cards {
+    fn power_on(&mut self) {
+        self.verified = [false; 3];
+        self.chain.clear();
     }
 
-    async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
-        Ok(Box::new(PoweredAnswers(self.0.clone(), atr())))
+    fn transmit(&mut self, command: &Command) -> Result<StatusWord, CardError> {
+        let status = self.answer(command);
+        let is_question = command.data().is_empty();
+        if !is_question && std::mem::take(&mut self.breaks) { Err(CardError::Mute) } else { Ok(status) }
     }
 }
 
-#[async_trait]
-impl Card for PoweredAnswers {
-    fn atr(&self) -> &Atr {
-        &self.1
-    }
-
-    async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
-        Ok((self.0.lock().unwrap())(command).into())
+/// A card that is nothing but its answers.
+impl<F: FnMut(&Command) -> StatusWord + Send> Model for F {
+    fn transmit(&mut self, command: &Command) -> Result<StatusWord, CardError> {
+        Ok(self(command))
     }
 }
 
-struct Source(Arc<Mutex<Cards>>, watch::Sender<Presence>);
+struct Source(Arc<Mutex<dyn Model>>, watch::Sender<Presence>);
 
-struct Powered(Arc<Mutex<Cards>>, Atr);
+struct Powered(Arc<Mutex<dyn Model>>, Atr);
 
 fn atr() -> Atr {
     Atr::t1(b"tries").unwrap()
 }
 
-fn source(cards: &Arc<Mutex<Cards>>, keep: u8) -> KeepTries<Source> {
+fn source(model: &Arc<Mutex<impl Model + 'static>>, keep: u8) -> KeepTries<Source> {
     let presence = Presence::Present { insertion: 1, atr: atr(), limits: Limits::EXTENDED };
-    KeepTries::new(Source(cards.clone(), watch::channel(presence).0), keep)
+    KeepTries::new(Source(model.clone(), watch::channel(presence).0), keep)
+}
+
+/// Powered, with one try kept.
+async fn power(answer: impl FnMut(&Command) -> StatusWord + Send + 'static) -> Box<dyn Card> {
+    source(&Arc::new(Mutex::new(answer)), 1).power_on(1).await.unwrap()
 }
 
 #[async_trait]
@@ -181,9 +178,7 @@ impl CardSource for Source {
     }
 
     async fn power_on(&self, _insertion: u64) -> Result<Box<dyn Card>, CardError> {
-        let mut cards = self.0.lock().unwrap();
-        cards.verified = [false; 3];
-        cards.chain.clear();
+        self.0.lock().unwrap().power_on();
         Ok(Box::new(Powered(self.0.clone(), atr())))
     }
 }
@@ -195,14 +190,7 @@ impl Card for Powered {
     }
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
-        let mut cards = self.0.lock().unwrap();
-        let status = cards.answer(command);
-        let is_question = command.data().is_empty();
-        if !is_question && std::mem::take(&mut cards.breaks) {
-            Err(CardError::Mute)
-        } else {
-            Ok(status.into())
-        }
+        self.0.lock().unwrap().transmit(command).map(Response::from)
     }
 }
 
