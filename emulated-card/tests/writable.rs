@@ -11,7 +11,7 @@ mod writable;
 use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command as Process, Stdio};
 use std::time::Duration;
 
@@ -383,18 +383,22 @@ const LENGTH: usize = 60_000;
 
 #[test]
 fn killed_while_it_writes_the_card_has_the_old_or_the_new() {
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return write_until_killed(Path::new(&directory));
+    }
     let place = tempfile::tempdir().unwrap();
     drop(store(place.path(), Some("3des")));
     let mut seen = [0, 0];
     for kill in 0..40_u64 {
         let mut child = Process::new(std::env::current_exe().unwrap())
-            .args(["--exact", "writes_until_killed", "--ignored", "--nocapture"])
+            .args(["--exact", "killed_while_it_writes_the_card_has_the_old_or_the_new", "--nocapture"])
             .env(DIRECTORY, place.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap().contains("begun")));
+        // Nothing is awaited: it is to be killed at any moment of what it does.
         std::thread::sleep(Duration::from_micros(kill * 997 % 9000));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -408,11 +412,9 @@ fn killed_while_it_writes_the_card_has_the_old_or_the_new() {
     assert!(seen.iter().all(|times| *times > 0), "{seen:?}");
 }
 
-#[test]
-#[ignore = "is started by the test above"]
-fn writes_until_killed() {
-    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else { return };
-    let store = store(Path::new(&directory), Some("3des"));
+/// In a process of its own.
+fn write_until_killed(directory: &Path) {
+    let store = store(directory, Some("3des"));
     let mut card = card(&store);
     authenticate(&mut card, &store);
     for round in 0_u32.. {

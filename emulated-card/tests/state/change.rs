@@ -236,6 +236,7 @@ fn killed_while_changing_it_is_the_old_pin_or_the_new() {
         // Every third child unblocks.
         let what = ["change", "change", "unblock"][kills % 3];
         let (mut child, mut output) = started(in_child(what, &place).env(CHILD_PIN, pin.to_string()));
+        // Nothing is awaited: it is to be killed at any moment of what it does.
         std::thread::sleep(Duration::from_micros(random() % 100_000));
         child.kill().unwrap();
         child.wait().unwrap();

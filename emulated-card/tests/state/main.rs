@@ -520,6 +520,7 @@ fn killed_at_random_no_try_is_gained_and_no_file_damaged() {
             left = 15;
         }
         let (mut child, mut output) = start("guess", &place);
+        // Nothing is awaited: it is to be killed at any moment of what it does.
         std::thread::sleep(Duration::from_micros(random() % 30_000));
         child.kill().unwrap();
         child.wait().unwrap();
@@ -576,7 +577,7 @@ fn a_card_is_open_once() {
 #[test]
 fn a_claim_ends_with_its_process() {
     let place = Place::new();
-    let (mut child, _output) = start("claim", &place);
+    let (mut child, _output) = started(in_child("claim", &place).stdin(Stdio::piped()));
     assert!(matches!(place.directory.claim(DATABASE.as_ref(), &card("")), Err(StateError::InUse { .. })));
     // `vscclient unlock` works meanwhile.
     place.data(3).reset_tries().unwrap();
@@ -759,7 +760,8 @@ fn child() {
         "claim" => {
             let _claim = directory.claim(DATABASE.as_ref(), &card("")).unwrap();
             say("\nready\n");
-            std::thread::sleep(Duration::from_secs(60));
+            // Until it is killed, or who started it ends.
+            std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
         }
         "change" | "unblock" => {
             let mut pin: u32 = std::env::var(CHILD_PIN).unwrap().parse().unwrap();
