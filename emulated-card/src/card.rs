@@ -33,8 +33,8 @@
 //! * There is one PIN and one login. It is forgotten at reset, at a wrong PIN and at [`EmulatedCard::logout`].
 //!   Private keys ask for it even where the store would not: what makes a PIN right is the [`ReferenceData`]'s to
 //!   say. Only PIV's card authentication key works without, where the store allows it.
-//! * The PIV application is selected from the start, and each SELECT that enters or leaves it forgets the PIN. Among the applets of a CAC the PIN is the card's: it may be verified before any of them is
-//!   selected, and survives SELECT.
+//! * The PIV application is selected from the start, and each SELECT that enters or leaves it forgets the PIN. Among
+//!   the applets of a CAC the PIN is the card's: it may be verified before any of them is selected, and survives SELECT.
 //! * PIV's rule that the signature key wants the PIN before each use (SP 800-73-4 Part 1 §3.1.3) is PIV's alone: on
 //!   a dual card the same key is in a CAC container, which has no such rule.
 //! * A card whose store is [writable](crate::keys::writable) is a PIV card only. Its administrator, who knows the card

@@ -89,10 +89,10 @@ impl TokenCard {
     /// A card on the token with that label or serial number; without one, on the only token that wants a login.
     ///
     /// The token may come later. One that comes and is not usable, or is another card's, is warned of and left
-    /// alone until it is put in again; one that cannot be read, now or then, is tried a few times. What is equal in label,
-    /// serial number, maker and model is one token that several modules reach, of which the first one is used; in two
-    /// slots of one module these are two. A token that is out stays this
-    /// card's, unless another one comes. `forget_pin` is as for [`CardSlot::forget_pin`].
+    /// alone until it is put in again; one that cannot be read, now or then, is tried a few times. What is equal in
+    /// label, serial number, maker and model is one token that several modules reach, of which the first one is used; in
+    /// two slots of one module these are two. A token that is out stays this card's, unless another one comes.
+    /// `forget_pin` is as for [`CardSlot::forget_pin`].
     ///
     /// # Errors
     /// [`TokenCardError`] about the token that is in now.

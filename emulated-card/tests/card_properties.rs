@@ -1,6 +1,7 @@
 //! The security state of a card, whatever is sent to it and whatever happens meanwhile: no private key works without
 //! the PIN, the signature key once for each VERIFY, no login outlives its PIN, nobody but the administrator writes, and
-//! each command ends as it can. What is checked is in `fuzz/src/card.rs`, which has a model of the card; here are stories that lead somewhere.
+//! each command ends as it can. What is checked is in `fuzz/src/card.rs`, which has a model of the card; here are
+//! stories that lead somewhere.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 

@@ -1,10 +1,10 @@
 //! What a card keeps on disk: the retry counter of its reference data, and who has the card open.
 //!
 //! One directory holds it all. Per database there is `database-….state`, the counter that all cards on that
-//! database share; per token `token-….state`, the same for it, and `token-….claim`; per card `card-….claim`, locked while the card is open, and `card-….state`, which holds the
-//! card's identity and, for a card with a PIN of its own, hash and counter of PIN and PUK. A `.lock` beside each
-//! `.state` is what VERIFY locks: the `.state` is replaced as a whole each time, and a lock stays with the file that
-//! was replaced.
+//! database share; per token `token-….state`, the same for it, and `token-….claim`; per card `card-….claim`, locked
+//! while the card is open, and `card-….state`, which holds the card's identity and, for a card with a PIN of its own,
+//! hash and counter of PIN and PUK. A `.lock` beside each `.state` is what VERIFY locks: the `.state` is replaced as a
+//! whole each time, and a lock stays with the file that was replaced.
 //!
 //! No file is a new card. A file that is there but cannot be trusted is an error, never a new card: otherwise
 //! damaging it would be a way to get tries back.

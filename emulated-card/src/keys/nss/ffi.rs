@@ -550,7 +550,8 @@ pub(super) struct Module {
 
 // SAFETY: a SECMODModule is reference counted and locked inside NSS and belongs to no thread.
 unsafe impl Send for Module {}
-// SAFETY: as above, and the module was initialised for several threads. What of it is read here changes under NSS's list lock only, which is held then.
+// SAFETY: as above, and the module was initialised for several threads. What of it is read here changes under NSS's
+// list lock only, which is held then.
 unsafe impl Sync for Module {}
 
 impl Module {
