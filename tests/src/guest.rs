@@ -37,6 +37,7 @@ use tokio::task::JoinHandle;
 
 use self::agent::Agent;
 use self::qmp::Qmp;
+use crate::turn;
 
 pub use self::agent::Ran;
 pub use self::image::Image;
@@ -99,6 +100,7 @@ impl Guest {
 
     /// Starts QEMU and returns when QMP answers: for a machine that is paused (`-S`) or waits for a migration.
     pub async fn start(boot: Boot) -> Result<Self> {
+        turn::side_by_side();
         let image = image().await?;
         let directory = short_directory()?;
         let listen = |name: &str| {

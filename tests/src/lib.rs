@@ -16,9 +16,13 @@ pub mod naive;
 pub mod openssl;
 pub mod passthru;
 pub mod pcscd;
+pub mod port;
 pub mod process;
 pub mod reader;
 pub mod softhsm;
+mod turn;
+
+pub use turn::alone;
 
 /// SELECT of the first PKI container.
 pub const SELECT: &str = "00A4040007A0000000790100";

@@ -16,6 +16,7 @@ use tokio::sync::Mutex;
 
 use crate::guest::{short_directory, within};
 use crate::process::{Process, program};
+use crate::turn;
 
 /// For one command; none of them takes seconds.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -73,6 +74,7 @@ impl Pcscd {
 
     /// The namespaces, without the daemon.
     pub async fn not_started() -> Result<Self> {
+        turn::side_by_side();
         ensure!(Path::new(DRIVER).is_file(), "{DRIVER} is missing: install the package vsmartcard-vpcd");
         let directory = configure()?;
         let mut command = Command::new("unshare");

@@ -67,6 +67,7 @@ async fn over_a_unix_socket() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tcp_with_qemu_listening() -> Result<()> {
+    stack_tests::alone();
     let stack = Stack::start(Road::Tcp, &[]).await?;
     use_the_card(&stack.guest, &stack.database, PIN).await?;
     // QEMU writes header and payload apart.

@@ -93,7 +93,7 @@ async fn our_vscclient_over_a_unix_socket() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn our_vscclient_over_tcp() -> Result<()> {
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+    let port = stack_tests::port::free()?;
     let stack = Stack::start(Bus::Xhci, "", |_, _| {
         vec!["--card".into(), format!("passthru,tcp-listen:127.0.0.1:{port}")]
     })

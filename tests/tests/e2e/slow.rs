@@ -51,6 +51,7 @@ async fn is_usable(stack: &EchoStack) -> Result<()> {
 /// libccid gives up after three seconds without a sign of life.
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_seconds() -> Result<()> {
+    stack_tests::alone();
     let stack = start().await?;
     let told = stack.guest.ok(&format!("guest-pcsc transmit {TEN_SECONDS} {QUICK}")).await?;
     println!("{}", told.trim().replace('\n', ", "));
