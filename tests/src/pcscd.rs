@@ -19,9 +19,9 @@ use crate::process::{Process, program};
 use crate::turn;
 
 /// For one command; none of them takes seconds.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 /// For a test that runs inside.
-const TEST_LIMIT: Duration = Duration::from_secs(120);
+const TEST_LIMIT: Duration = Duration::from_secs(360);
 
 /// Set in a process that runs inside the namespaces.
 const INSIDE: &str = "STACK_INSIDE_PCSCD";

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::turn;
 
 /// For a line that ought to come soon.
-const LINE_LIMIT: Duration = Duration::from_secs(30);
+const LINE_LIMIT: Duration = Duration::from_secs(90);
 
 /// A program of the workspace, running. Killed when dropped.
 pub struct Process {
