@@ -3,17 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
+#[path = "common/killed.rs"]
+mod killed;
 #[path = "common/openssl_tool.rs"]
 mod openssl_tool;
 #[path = "common/writable.rs"]
 mod writable;
 
 use std::fs::{self, Permissions};
-use std::io::{BufRead, BufReader};
+use std::io::BufReader;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
-use std::time::Duration;
 
 use emulated_card::card::{CardBuildError, EmulatedCard, Profile};
 use emulated_card::keys::KeyStore;
@@ -25,6 +26,7 @@ use proptest::sample::Index;
 use vscard_protocol::{Command, StatusWord};
 
 use common::{SELECT_PIV, VERIFY_PIV, send, transmit};
+use killed::{BEGIN, kill_in_a_round};
 use openssl_tool::openssl;
 use writable::{card, store};
 
@@ -389,20 +391,15 @@ fn killed_while_it_writes_the_card_has_the_old_or_the_new() {
     let place = tempfile::tempdir().unwrap();
     drop(store(place.path(), Some("3des")));
     let mut seen = [0, 0];
-    for kill in 0..40_u64 {
+    for _ in 0..40 {
         let mut child = Process::new(std::env::current_exe().unwrap())
             .args(["--exact", "killed_while_it_writes_the_card_has_the_old_or_the_new", "--nocapture"])
             .env(DIRECTORY, place.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert!(lines.any(|line| line.unwrap().contains("begun")));
-        // Nothing is awaited: it is to be killed at any moment of what it does.
-        std::thread::sleep(Duration::from_micros(kill * 997 % 9000));
-        child.kill().unwrap();
-        child.wait().unwrap();
-
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        kill_in_a_round(&mut child, &mut output);
         let store = store(place.path(), None);
         let content = store.writable().unwrap().object(0x08).unwrap();
         assert!(content.len() == LENGTH && content.iter().all(|byte| *byte == content[0]));
@@ -417,13 +414,14 @@ fn write_until_killed(directory: &Path) {
     let store = store(directory, Some("3des"));
     let mut card = card(&store);
     authenticate(&mut card, &store);
+    // The test program's own line has no end yet.
+    println!();
     for round in 0_u32.. {
+        println!("{BEGIN}");
         let status = transmit(&mut card, &put(0x08, &[(round % 2) as u8; LENGTH])).status();
         assert_eq!(status, StatusWord::SUCCESS);
         let generate = send(&mut card, b"\x00\x47\x00\x82\x05\xAC\x03\x80\x01\x11\x00");
         assert_eq!(generate.status(), StatusWord::SUCCESS);
-        if round == 0 {
-            println!("begun");
-        }
+        println!("written");
     }
 }

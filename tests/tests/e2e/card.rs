@@ -67,6 +67,7 @@ async fn over_a_unix_socket() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tcp_with_qemu_listening() -> Result<()> {
+    stack_tests::alone();
     let stack = Stack::start(Road::Tcp, &[]).await?;
     use_the_card(&stack.guest, &stack.database, PIN).await?;
     // QEMU writes header and payload apart.
@@ -180,7 +181,7 @@ async fn unlock(database: &Database, state: &Path) -> Result<()> {
         .args(["unlock", "--db", &database.spec()])
         .env("XDG_STATE_HOME", state)
         .output();
-    let unlock = within(None, Duration::from_secs(10), "unlock", unlock).await??;
+    let unlock = within(None, Duration::from_secs(60), "unlock", unlock).await??;
     ensure!(unlock.status.success(), "{}", String::from_utf8_lossy(&unlock.stderr));
     Ok(())
 }
@@ -201,9 +202,9 @@ pub(crate) async fn lock_and_unlock(
 #[tokio::test(flavor = "multi_thread")]
 async fn many_apdus_through_one_connection() -> Result<()> {
     let stack = Stack::start(Road::Unix, &[]).await?;
-    let count = stack_tests::scale(20_000, 200_000);
+    let count = stack_tests::scale(10_000, 200_000);
     let start = Instant::now();
-    let limit = Duration::from_secs(60) + Duration::from_millis(8) * count;
+    let limit = Duration::from_secs(180) + Duration::from_millis(30) * count;
     let command = format!("guest-pcsc repeat {count} 00A4040007A0000000790100");
     let said = stack.guest.run_within(&command, limit).await?;
     ensure!(said.status == 0, "{}", said.text());

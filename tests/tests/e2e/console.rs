@@ -55,7 +55,7 @@ impl Terminal {
             }
             Ok(())
         };
-        within(None, Duration::from_secs(20), part, reading).await?
+        within(None, Duration::from_secs(60), part, reading).await?
     }
 }
 
@@ -98,7 +98,7 @@ async fn commands_on_a_terminal() -> Result<()> {
         ensure!(message.0 == kind, "message of type {}", message.0);
         peer.send(&stack_tests::host::message(2, 0, &[0; 4])).await?;
     }
-    let ended = within(None, Duration::from_secs(10), "the end", client.wait()).await??;
+    let ended = within(None, Duration::from_secs(60), "the end", client.wait()).await??;
     ensure!(ended.code() == Some(0), "{ended}: {}", terminal.seen);
     Ok(())
 }

@@ -136,7 +136,7 @@ async fn ten_thousand_apdus_and_nothing_read() -> Result<()> {
     let mut peer = victim.host.card().await?;
     let attack = async { while peer.send(&message(7, 0, &[0x00, 0x84]).repeat(100)).await.is_ok() {} };
     let mark = victim.client.mark();
-    stack_tests::guest::within(None, std::time::Duration::from_secs(30), "the client's end", attack).await?;
+    stack_tests::guest::within(None, std::time::Duration::from_secs(90), "the client's end", attack).await?;
     victim.client.line_after(mark, "connection closed: ").await?;
     drop(peer);
     victim.is_well().await

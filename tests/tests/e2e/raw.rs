@@ -17,7 +17,7 @@ use self::card::VirtualCard;
 
 const READER: &std::ffi::CStr = c"Virtual PCD 00 00";
 /// For what takes pcscd a look (0.4 s) or us an attempt to reach it (5 s).
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 fn t1(name: &[u8]) -> Atr {
     Atr::t1(name).expect("a short name")

@@ -66,8 +66,9 @@ async fn our_vscclient_over_a_unix_socket() -> Result<()> {
     let start = Instant::now();
     let ran = stack.guest.run(&format!("guest-pcsc transmit {SELECT}")).await?;
     let took = start.elapsed();
-    // Five seconds for the command, and as much again for the reset when the program lets go of the card.
-    ensure!(ran.status != 0 && took < Duration::from_secs(12), "{took:?}: {}", ran.text());
+    // Five seconds for the command, and as much again for the reset when the program lets go of the card. A busy machine
+    // adds to that; the deadline that the daemon has by itself would make it forty.
+    ensure!(ran.status != 0 && took < Duration::from_secs(35), "{took:?}: {}", ran.text());
     println!("a silent client: {} after {} ms", ran.text().trim(), took.as_millis());
     vscclient.signal(Signal::CONT)?;
 
@@ -93,7 +94,7 @@ async fn our_vscclient_over_a_unix_socket() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn our_vscclient_over_tcp() -> Result<()> {
-    let port = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+    let port = stack_tests::port::free()?;
     let stack = Stack::start(Bus::Xhci, "", |_, _| {
         vec!["--card".into(), format!("passthru,tcp-listen:127.0.0.1:{port}")]
     })
@@ -177,7 +178,7 @@ async fn an_answer_of_the_old_card_never_reaches_the_new_session() -> Result<()>
             anyhow::Ok(())
         };
         let (ran, swapped) =
-            tokio::join!(transmit, within(Some(guest), Duration::from_secs(30), "a command", swap));
+            tokio::join!(transmit, within(Some(guest), Duration::from_secs(90), "a command", swap));
         swapped??;
         let text = ran?.text().to_uppercase();
         ensure!(!text.contains("DEAD"), "round {round}, the call that was out: {text}");
@@ -189,7 +190,7 @@ async fn an_answer_of_the_old_card_never_reaches_the_new_session() -> Result<()>
             anyhow::Ok(())
         };
         let (ran, answered) =
-            tokio::join!(transmit, within(Some(guest), Duration::from_secs(30), "a command", answer));
+            tokio::join!(transmit, within(Some(guest), Duration::from_secs(90), "a command", answer));
         answered??;
         let text = ran?.text().to_uppercase();
         ensure!(text.contains("BEEF9000"), "round {round}, the new session: {text}");

@@ -97,6 +97,7 @@ async fn two_cards(suite: Suite) -> Result<()> {
 /// vpcd writes the length and the command apart.
 #[tokio::test(flavor = "multi_thread")]
 async fn vpcd_is_acknowledged_at_once() -> Result<()> {
+    stack_tests::alone();
     let bench = Bench::start(CAC).await?;
     acknowledged_at_once(&bench.pcscd.ok(&selects()).await?)
 }
