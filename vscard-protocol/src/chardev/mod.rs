@@ -9,13 +9,14 @@
 //! ```
 
 mod endpoint;
+mod places;
 mod retry;
 mod stream;
 mod wire;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -23,10 +24,16 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host};
 
 pub use endpoint::{Endpoint, EndpointError};
+pub use places::{Place, Places};
 pub use stream::Stream;
 pub use wire::Wire;
 
+use crate::LogBudget;
 use retry::Retry;
+
+/// Peers that may wait to be let in; the kernel's limit may be lower.
+#[cfg(target_os = "linux")]
+const BACKLOG: i32 = 1024;
 
 /// Whether a network that others can listen to may carry plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +107,14 @@ pub struct Channel {
     plaintext: Plaintext,
     listener: Option<Listener>,
     retry: Retry,
+    lines: LogBudget<Line>,
+}
+
+/// What is told in the log. Peers can have it repeated.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Failed,
+    Refused,
 }
 
 #[derive(Debug)]
@@ -138,12 +153,13 @@ impl Drop for SocketFile {
 impl Channel {
     /// Binds a listening endpoint; a connecting one is only checked when it connects.
     ///
-    /// A UNIX socket is made with mode 0600; a file left there by a process that is gone is replaced.
+    /// A UNIX socket has mode 0600 from the moment it exists; a file left there by a process that is gone is replaced.
     ///
     /// # Errors
     /// [`ChannelError::Listen`], [`ChannelError::Plaintext`], [`ChannelError::Resolve`].
     pub async fn open(endpoint: Endpoint, plaintext: Plaintext) -> Result<Self, ChannelError> {
-        let mut channel = Self { endpoint, plaintext, listener: None, retry: Retry::new() };
+        let (retry, lines) = (Retry::new(), LogBudget::new());
+        let mut channel = Self { endpoint, plaintext, listener: None, retry, lines };
         let listen = |source| ChannelError::Listen { endpoint: channel.endpoint.clone(), source };
         channel.listener = match &channel.endpoint {
             Endpoint::TcpListen { .. } => {
@@ -197,8 +213,11 @@ impl Channel {
                 }
                 Err(error) if !error.is_transient() => return Err(error),
                 Err(error) => {
-                    if self.retry.failed(&error.to_string(), Instant::now()) {
-                        tracing::warn!("{error}; trying again");
+                    let now = Instant::now();
+                    if self.retry.failed(&error.to_string(), now) {
+                        if let Some(end) = self.lines.next(Line::Failed, now) {
+                            tracing::warn!("{error}; trying again{end}");
+                        }
                     }
                 }
             }
@@ -237,7 +256,9 @@ impl Channel {
             if peer == 0 || peer == rustix::process::geteuid().as_raw() {
                 return Ok(Stream::unix(stream));
             }
-            tracing::warn!("{}: peer with user id {peer} refused", self.endpoint);
+            if let Some(end) = self.lines.next(Line::Refused, Instant::now()) {
+                tracing::warn!("{}: peer with user id {peer} refused{end}", self.endpoint);
+            }
         }
     }
 
@@ -268,6 +289,28 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
             Err(error) => return Err(error),
         }
     }
+    bind_private(path)
+}
+
+/// On Linux a socket's file gets the mode that the socket has, less the umask: there is no moment in which others could
+/// connect, and no path that might name another file by the time its mode is changed.
+#[cfg(target_os = "linux")]
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use rustix::fs::{Mode, fchmod};
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    UnixListener::from_std(socket.into())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
@@ -275,6 +318,8 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
