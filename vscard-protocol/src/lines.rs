@@ -50,13 +50,10 @@ impl LogLines {
 /// notice, or a word.
 ///
 /// ```
-/// use std::time::Instant;
 /// use vscard_protocol::LogBudget;
 ///
 /// static LINES: LogBudget<&str> = LogBudget::new();
-/// if let Some(end) = LINES.next("refused", Instant::now()) {
-///     println!("client refused{end}");
-/// }
+/// LINES.tell("refused", |end| println!("client refused{end}"));
 /// ```
 #[derive(Debug)]
 pub struct LogBudget<K>(Mutex<Vec<(K, LogLines)>>);
@@ -75,6 +72,13 @@ impl<K> Default for LogBudget<K> {
 }
 
 impl<K: PartialEq> LogBudget<K> {
+    /// Tells a line of this kind if there is room for it now; it is to end with what `tell` is given.
+    pub fn tell(&self, kind: K, tell: impl FnOnce(&str)) {
+        if let Some(end) = self.next(kind, Instant::now()) {
+            tell(end);
+        }
+    }
+
     /// If there is room for a line of this kind, what ends it.
     pub fn next(&self, kind: K, now: Instant) -> Option<&'static str> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -13,8 +13,8 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
-use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
+use vscard_protocol::{CardSource, LogBudget};
 
 use crate::usbip::management::GONE_WAIT;
 use crate::usbip::urbs::{self, Urbs};
@@ -292,6 +292,7 @@ impl Reader {
         let mut alarm = Alarm::new();
         let mut client: Option<(u64, Urbs)> = None;
         let mut question = Question::default();
+        let lines = LogBudget::new();
         loop {
             match &mut client {
                 Some((_, urbs)) if question.is_put(Instant::now()) => {
@@ -301,7 +302,7 @@ impl Reader {
                 Some(_) => {}
                 None => question = Question::default(),
             }
-            self.carry_usbip(&mut client, &mut connections, &exports);
+            self.carry_usbip(&mut client, &mut connections, &exports, &lines);
             self.tell_attached(client.is_some());
             let due = [self.device.next_deadline(), question.due()];
             let next = tokio::select! {
@@ -312,7 +313,7 @@ impl Reader {
                         Order::Imported(stream, rest) => {
                             let (done, _) = oneshot::channel();
                             let id = connections.add(stream, done);
-                            tracing::info!("imported by a USB/IP client");
+                            lines.tell(Line::Imported, |end| tracing::info!("imported by a USB/IP client{end}"));
                             let mut session = exports.urbs();
                             let input = urbs::Input::Received(rest.expose());
                             session.handle(input, &mut self.device, Instant::now());
@@ -334,7 +335,7 @@ impl Reader {
                 }
                 Next::Happened(Happened::Lost(id)) => {
                     if client.as_ref().is_some_and(|(of, _)| *of == id) {
-                        tracing::info!("USB/IP client gone");
+                        lines.tell(Line::Gone, |end| tracing::info!("USB/IP client gone{end}"));
                         self.end_import(&mut client, &mut connections, now);
                         exports.set_free();
                     }
@@ -380,6 +381,7 @@ impl Reader {
         client: &mut Option<(u64, Urbs)>,
         connections: &mut Connections,
         exports: &Exports,
+        lines: &LogBudget<Line>,
     ) {
         while let Some((id, urbs)) = client {
             let id = *id;
@@ -389,15 +391,19 @@ impl Reader {
                 moved = true;
                 match output {
                     urbs::Output::Send(bytes) => connections.send(id, bytes),
-                    urbs::Output::Notice(notice) => tracing::info!("{notice}"),
+                    urbs::Output::Notice(notice) => {
+                        lines.tell(Line::Notice, |end| tracing::info!("{notice}{end}"));
+                    }
                     urbs::Output::Close(reason) => {
-                        tracing::info!("connection closed: {reason}");
+                        lines.tell(Line::Closed, |end| tracing::info!("connection closed: {reason}{end}"));
                         closed = true;
                     }
                 }
             }
             if !closed && connections.overrun().is_some() {
-                tracing::warn!("connection closed: the USB/IP client does not read");
+                lines.tell(Line::Closed, |end| {
+                    tracing::warn!("connection closed: the USB/IP client does not read{end}");
+                });
                 urbs.handle(urbs::Input::Gone, &mut self.device, Instant::now());
                 closed = true;
             }
@@ -480,6 +486,15 @@ impl Reader {
 /// Whoever asked may have given up.
 fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
     let _ = asked.send(answer);
+}
+
+/// What is told in the log of USB/IP clients, who have it repeated as fast as they like.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Imported,
+    Gone,
+    Closed,
+    Notice,
 }
 
 /// Whether the USB/IP client that has the device is to be asked if it is there. Each time leaves a line in its kernel's

@@ -107,7 +107,7 @@ pub struct Channel {
     plaintext: Plaintext,
     listener: Option<Listener>,
     retry: Retry,
-    lines: LogBudget<Line>,
+    lines: Box<LogBudget<Line>>,
 }
 
 /// What is told in the log. Peers can have it repeated.
@@ -158,7 +158,7 @@ impl Channel {
     /// # Errors
     /// [`ChannelError::Listen`], [`ChannelError::Plaintext`], [`ChannelError::Resolve`].
     pub async fn open(endpoint: Endpoint, plaintext: Plaintext) -> Result<Self, ChannelError> {
-        let (retry, lines) = (Retry::new(), LogBudget::new());
+        let (retry, lines) = (Retry::new(), Box::default());
         let mut channel = Self { endpoint, plaintext, listener: None, retry, lines };
         let listen = |source| ChannelError::Listen { endpoint: channel.endpoint.clone(), source };
         channel.listener = match &channel.endpoint {
@@ -213,11 +213,8 @@ impl Channel {
                 }
                 Err(error) if !error.is_transient() => return Err(error),
                 Err(error) => {
-                    let now = Instant::now();
-                    if self.retry.failed(&error.to_string(), now) {
-                        if let Some(end) = self.lines.next(Line::Failed, now) {
-                            tracing::warn!("{error}; trying again{end}");
-                        }
+                    if self.retry.failed(&error.to_string(), Instant::now()) {
+                        self.lines.tell(Line::Failed, |end| tracing::warn!("{error}; trying again{end}"));
                     }
                 }
             }
@@ -252,14 +249,20 @@ impl Channel {
     async fn accept_own(&self, listener: &UnixListener) -> io::Result<Stream> {
         loop {
             let (stream, _) = listener.accept().await?;
-            let peer = stream.peer_cred()?.uid();
-            if peer == 0 || peer == rustix::process::geteuid().as_raw() {
+            if self.lets_in(stream.peer_cred()?.uid()) {
                 return Ok(Stream::unix(stream));
             }
-            if let Some(end) = self.lines.next(Line::Refused, Instant::now()) {
-                tracing::warn!("{}: peer with user id {peer} refused{end}", self.endpoint);
-            }
         }
+    }
+
+    fn lets_in(&self, peer: u32) -> bool {
+        let lets_in = peer == 0 || peer == rustix::process::geteuid().as_raw();
+        if !lets_in {
+            self.lines.tell(Line::Refused, |end| {
+                tracing::warn!("{}: peer with user id {peer} refused{end}", self.endpoint);
+            });
+        }
+        lets_in
     }
 
     /// The TCP addresses of the endpoint, all of them allowed.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
 /// Places for so many peers at a time. A newcomer always gets one: if there is none left, that of the peer that has not
 /// said anything for the longest time. So nobody keeps others out by saying nothing, and whoever is rightly silent keeps
@@ -19,14 +19,14 @@ pub struct Places {
 struct Held {
     heard: Arc<Mutex<Option<Instant>>>,
     /// Dropped, the place is another's.
-    held: oneshot::Sender<()>,
+    held: watch::Sender<()>,
 }
 
 /// A peer's place; it ends with this.
 #[derive(Debug)]
 pub struct Place {
     heard: Arc<Mutex<Option<Instant>>>,
-    held: oneshot::Receiver<()>,
+    held: watch::Receiver<()>,
 }
 
 impl Places {
@@ -46,7 +46,7 @@ impl Places {
             let Some((index, _)) = silent else { break };
             self.held.remove(index);
         }
-        let (held, taken) = oneshot::channel();
+        let (held, taken) = watch::channel(());
         let heard = Arc::default();
         self.held.push(Held { heard: Arc::clone(&heard), held });
         Place { heard, held: taken }
@@ -59,11 +59,10 @@ impl Place {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Waits until another peer has the place: this one's connection is to be closed. Safe to cancel; not to be called
-    /// again when it has returned.
-    pub async fn lost(&mut self) {
+    /// Waits until another peer has the place: this one's connection is to be closed. Safe to cancel.
+    pub async fn lost(&self) {
         // Nothing is ever sent: it ends as the other half is dropped.
-        let _ = (&mut self.held).await;
+        let _ = self.held.clone().changed().await;
     }
 }
 
@@ -71,26 +70,25 @@ impl Place {
 mod tests {
     use super::*;
 
-    fn has_lost(place: &mut Place) -> bool {
-        place.held.try_recv() == Err(oneshot::error::TryRecvError::Closed)
+    fn has_lost(place: &Place) -> bool {
+        place.held.has_changed().is_err()
     }
 
     #[tokio::test]
     async fn who_has_been_silent_longest_gives_way() {
         let mut places = Places::new(3);
-        let [mut first, mut second, mut third] =
-            [places.take().await, places.take().await, places.take().await];
+        let [first, second, third] = [places.take().await, places.take().await, places.take().await];
         first.heard();
-        let mut fourth = places.take().await;
-        assert!(has_lost(&mut second));
+        let fourth = places.take().await;
+        assert!(has_lost(&second));
         third.heard();
         fourth.heard();
-        assert!(![&mut first, &mut third, &mut fourth].into_iter().any(has_lost));
-        let mut fifth = places.take().await;
-        assert!(has_lost(&mut first) && !has_lost(&mut third));
+        assert!(![&first, &third, &fourth].into_iter().any(has_lost));
+        let fifth = places.take().await;
+        assert!(has_lost(&first) && !has_lost(&third));
         // A place that was left is for whoever comes next.
         drop(fourth);
         let _sixth = places.take().await;
-        assert!(!has_lost(&mut third) && !has_lost(&mut fifth));
+        assert!(!has_lost(&third) && !has_lost(&fifth));
     }
 }

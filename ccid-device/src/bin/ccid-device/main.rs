@@ -8,7 +8,7 @@ mod spec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
@@ -23,7 +23,7 @@ use tracing_subscriber::filter::LevelFilter;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
 use vscard_protocol::passthru::PassthruCard;
 use vscard_protocol::trace::Traced;
-use vscard_protocol::{CardSource, LogLines};
+use vscard_protocol::{CardSource, LogBudget};
 
 use crate::control::{Control, Running};
 use crate::spec::{CardKind, CardSpec, ReaderSpec};
@@ -307,11 +307,11 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
         tellers.push(tokio::spawn(async move {
-            let mut lines = LogLines::new(Instant::now());
+            let lines = LogBudget::new();
             while let Some(event) = told.recv().await {
-                if let Some(end) = lines.next(Instant::now()) {
+                lines.tell(std::mem::discriminant(&event), |end| {
                     tracing::info!("reader {number}: {event}{end}");
-                }
+                });
                 let _ = events.send((number, event));
             }
         }));
