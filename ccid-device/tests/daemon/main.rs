@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![forbid(unsafe_code)]
 
+mod log;
+mod peers;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -64,6 +67,13 @@ impl Daemon {
 
     fn status(&self) -> ExitStatus {
         self.ended.recv_timeout(NEVER).unwrap()
+    }
+
+    /// All its lines, when it has ended.
+    fn ended(self) -> Vec<String> {
+        self.terminate();
+        assert!(self.status().success());
+        self.lines.iter().collect()
     }
 }
 
