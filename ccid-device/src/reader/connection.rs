@@ -6,8 +6,8 @@ use std::task::Poll;
 
 use tokio::io::ReadBuf;
 use tokio::sync::{mpsc, oneshot};
-use vscard_protocol::Secret;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream, Wire};
+use vscard_protocol::{LogBudget, Secret};
 use zeroize::Zeroizing;
 
 use super::Event as ReaderEvent;
@@ -32,16 +32,17 @@ pub(super) async fn open_all(
     events: mpsc::Sender<ReaderEvent>,
 ) -> Result<(), ChannelError> {
     let listening = channel.endpoint().is_listening();
+    let lines = LogBudget::new();
     loop {
         let stream = channel.stream().await?;
-        tracing::info!("{}: connected", channel.endpoint());
+        lines.tell("connected", |end| tracing::info!("{}: connected{end}", channel.endpoint()));
         let (done, gone) = oneshot::channel();
         if events.send(ReaderEvent::Connected(stream, done)).await.is_err() {
             return Ok(());
         }
         if !listening {
             let _ = gone.await;
-            tracing::info!("{}: connection gone", channel.endpoint());
+            lines.tell("gone", |end| tracing::info!("{}: connection gone{end}", channel.endpoint()));
         }
     }
 }

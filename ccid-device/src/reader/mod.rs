@@ -7,6 +7,7 @@ mod connection;
 mod slot;
 mod usbip;
 
+use std::mem::{Discriminant, discriminant};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
@@ -197,10 +198,11 @@ impl Reader {
             }
         });
         let mut session = Session::new();
+        let lines = LogBudget::new();
         let mut connections = Connections::new();
         let mut alarm = Alarm::new();
         loop {
-            self.carry_usbredir(&mut session, &mut connections);
+            self.carry_usbredir(&mut session, &mut connections, &lines);
             self.tell_attached(session.is_attached());
             let due = [self.device.next_deadline(), session.next_deadline()];
             let next = tokio::select! {
@@ -225,7 +227,7 @@ impl Reader {
                 }
                 Next::Event(Event::Request(Request::Unplug(reply))) => {
                     session.unplug(&mut self.device, now);
-                    self.carry_usbredir(&mut session, &mut connections);
+                    self.carry_usbredir(&mut session, &mut connections, &lines);
                     self.tell_attached(session.is_attached());
                     connections.flush().await;
                     opener.abort();
@@ -250,7 +252,12 @@ impl Reader {
         }
     }
 
-    fn carry_usbredir(&mut self, session: &mut Session, connections: &mut Connections) {
+    fn carry_usbredir(
+        &mut self,
+        session: &mut Session,
+        connections: &mut Connections,
+        lines: &LogBudget<Told>,
+    ) {
         loop {
             session.handle(usbredir::Input::DeviceReady, &mut self.device, Instant::now());
             let mut moved = false;
@@ -259,7 +266,9 @@ impl Reader {
                 match output {
                     usbredir::Output::Send(ConnectionId(id), bytes) => connections.send(id, bytes),
                     usbredir::Output::Close(ConnectionId(id), reason) => {
-                        tracing::info!("connection closed: {reason}");
+                        lines.tell(Told::Closed(discriminant(&reason)), |end| {
+                            tracing::info!("connection closed: {reason}{end}");
+                        });
                         connections.close(id);
                         session.handle(
                             usbredir::Input::Lost(ConnectionId(id)),
@@ -267,11 +276,17 @@ impl Reader {
                             Instant::now(),
                         );
                     }
-                    usbredir::Output::Notice(notice) => tracing::info!("{notice}"),
+                    usbredir::Output::Notice(notice) => {
+                        lines.tell(Told::Notice(discriminant(&notice)), |end| {
+                            tracing::info!("{notice}{end}");
+                        });
+                    }
                 }
             }
             while let Some(id) = connections.overrun() {
-                tracing::warn!("connection closed: the VMM does not read");
+                lines.tell(Told::Unread, |end| {
+                    tracing::warn!("connection closed: the VMM does not read{end}");
+                });
                 connections.close(id);
                 let lost = usbredir::Input::Lost(ConnectionId(id));
                 session.handle(lost, &mut self.device, Instant::now());
@@ -488,6 +503,14 @@ fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
     let _ = asked.send(answer);
 }
 
+/// What is told in the log of VMMs, who have it repeated as fast as they like.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    Closed(Discriminant<usbredir::CloseReason>),
+    Notice(Discriminant<usbredir::Notice>),
+    Unread,
+}
+
 /// What is told in the log of USB/IP clients, who have it repeated as fast as they like.
 #[derive(Debug, PartialEq, Eq)]
 enum Line {
@@ -566,6 +589,7 @@ mod tests {
         let (news, mut told) = mpsc::unbounded_channel();
         let mut reader = Reader::new(DeviceConfig::new("test"), Vec::new(), news).expect("a reader");
         let (mut session, mut connections) = (Session::new(), Connections::new());
+        let lines = LogBudget::new();
         for _ in 0..2 {
             let (vmm, stream) = tokio::join!(UnixStream::connect(&path), channel.stream());
             let id = connections.add(stream.expect("a stream"), oneshot::channel().0);
@@ -577,11 +601,11 @@ mod tests {
             ] {
                 session.handle(input, &mut reader.device, Instant::now());
             }
-            reader.carry_usbredir(&mut session, &mut connections);
+            reader.carry_usbredir(&mut session, &mut connections, &lines);
             reader.tell_attached(session.is_attached());
             assert_eq!(told.recv().await, Some(ReaderEvent::Attached));
             connections.send(id, Secret::from(&vec![0; 16 << 20][..]));
-            reader.carry_usbredir(&mut session, &mut connections);
+            reader.carry_usbredir(&mut session, &mut connections, &lines);
             reader.tell_attached(session.is_attached());
             assert_eq!(told.try_recv(), Ok(ReaderEvent::Detached));
             let mut unread = Vec::new();
