@@ -70,6 +70,22 @@ fn of_peers_that_bring_no_card() {
 }
 
 #[test]
+fn a_flood_of_one_kind_hides_no_other() {
+    let place = Place::new();
+    let daemon = passthru(&place);
+    let connect = || UnixStream::connect(place.path("card")).unwrap();
+    (0..200).for_each(|_| say(connect(), &[]));
+    let mut client = connect();
+    client.write_all(&card(&[0x3B, 0x00])).unwrap();
+    daemon.line("card inserted");
+    let refused = connect();
+    daemon.line("second client refused");
+    drop(refused);
+    client.write_all(&card(&[])).unwrap();
+    daemon.line("card removed");
+}
+
+#[test]
 fn of_vmms() {
     let place = Place::new();
     let (daemon, _) = Daemon::start(place.daemon(&[]));
