@@ -322,6 +322,8 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -381,6 +383,45 @@ mod tests {
         let _successor = std::os::unix::net::UnixListener::bind(&path).unwrap();
         drop(listen);
         assert!(path.exists());
+    }
+
+    /// Counts the lines of the log.
+    struct Log(Arc<AtomicUsize>);
+
+    impl tracing::Subscriber for Log {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+        fn event(&self, _: &tracing::Event<'_>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn enter(&self, _: &tracing::span::Id) {}
+
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    #[tokio::test]
+    async fn a_user_who_is_refused_does_not_fill_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let listening = endpoint(&format!("unix-listen:{}", dir.path().join("card.sock").display()));
+        let listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
+        let own = rustix::process::geteuid().as_raw();
+        let lines = Arc::new(AtomicUsize::new(0));
+        tracing::subscriber::with_default(Log(Arc::clone(&lines)), || {
+            assert!(listen.lets_in(0) && listen.lets_in(own));
+            assert!((1..=10_000).filter(|user| *user != own).all(|user| !listen.lets_in(user)));
+        });
+        assert_eq!(lines.load(Ordering::Relaxed), 64);
     }
 
     #[tokio::test]
