@@ -346,7 +346,7 @@ impl Started {
             .iter()
             .map(|reader| {
                 let handle = reader.handle.clone();
-                tokio::spawn(async move { handle.unplug().await })
+                tokio::spawn(async move { handle.end().await })
             })
             .collect();
         for unplug in unplugs {
@@ -404,7 +404,7 @@ async fn carriers(
         carriers.push(None);
         if !reader.usbip {
             let channel = Channel::open(reader.endpoint.clone(), plaintext).await.map_err(unusable)?;
-            carriers[number] = Some(Carrier::Usbredir(channel));
+            carriers[number] = Some(Carrier::Usbredir { channel, migrate: reader.migrate });
         }
     }
     for (number, reader) in readers.iter().enumerate() {
