@@ -369,6 +369,8 @@ impl Reader {
                 Some(event) = self.events.1.recv() => Next::Event(event),
                 Some(order) = exports.order() => {
                     match order {
+                        // Chosen just before it was unplugged.
+                        Order::Imported(..) if !self.plugged => exports.set_free(),
                         Order::Imported(stream, rest) => {
                             let (done, _) = oneshot::channel();
                             let id = connections.add(stream, done);
@@ -637,7 +639,10 @@ impl Alarm {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use std::path::{Path, PathBuf};
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
     use vscard_protocol::Secret;
     use vscard_protocol::chardev::Plaintext;
@@ -656,11 +661,9 @@ mod tests {
         for _ in 0..2 {
             let (vmm, stream) = tokio::join!(UnixStream::connect(&path), channel.stream());
             let id = link.connections.add(stream.expect("a stream"), oneshot::channel().0);
-            // Hello, without any capability.
-            let hello = [0, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect::<Vec<_>>();
             for input in [
                 usbredir::Input::Connected(ConnectionId(id)),
-                usbredir::Input::Received(ConnectionId(id), &hello),
+                usbredir::Input::Received(ConnectionId(id), &hello()),
             ] {
                 link.session.handle(input, &mut reader.device, Instant::now());
             }
@@ -674,6 +677,55 @@ mod tests {
             let mut unread = Vec::new();
             assert!(vmm.expect("a connection").read_to_end(&mut unread).await.is_ok());
         }
+    }
+
+    /// Hello, without any capability.
+    fn hello() -> Vec<u8> {
+        [0, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect()
+    }
+
+    /// A reader that guests may take along, and where it listens.
+    async fn migrating(directory: &tempfile::TempDir) -> PathBuf {
+        let path = directory.path().join("reader");
+        let endpoint = format!("unix-listen:{}", path.display()).parse().expect("an endpoint");
+        let channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.expect("a channel");
+        let (news, _) = mpsc::unbounded_channel();
+        let reader = Reader::new(DeviceConfig::new("test"), Vec::new(), news).expect("a reader");
+        tokio::spawn(reader.run(Carrier::Usbredir { channel, migrate: true }));
+        path
+    }
+
+    /// Sends get_configuration, and reads its answer, if there is one.
+    async fn goes_on(path: &Path) -> Option<[u8; 14]> {
+        let mut vmm = UnixStream::connect(path).await.expect("a connection");
+        let request: Vec<u8> = [7_u32, 0, 5].into_iter().flat_map(u32::to_le_bytes).collect();
+        vmm.write_all(&request).await.expect("a reader");
+        let mut answer = [0; 14];
+        vmm.read_exact(&mut answer).await.ok().map(|_| answer)
+    }
+
+    #[tokio::test]
+    async fn a_guest_goes_on_elsewhere_only_when_its_vmm_reads_no_more() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = migrating(&directory).await;
+        let mut vmm = UnixStream::connect(&path).await.expect("a connection");
+        vmm.write_all(&hello()).await.expect("a reader");
+        let mut got = vec![0; 4096];
+        vmm.read_exact(&mut got[..80]).await.expect("its hello");
+        for _ in 0..3 {
+            let (theft, ()) = tokio::join!(goes_on(&path), async {
+                // What others do is no more to this one than packets that it passes over.
+                while let Ok(Ok(count)) =
+                    tokio::time::timeout(Duration::from_millis(300), vmm.read(&mut got)).await
+                {
+                    assert!(count > 0, "closed");
+                }
+            });
+            assert_eq!(theft, None, "the session was taken over");
+        }
+        let answer = goes_on(&path).await.expect("an answer");
+        assert_eq!(answer, [8, 0, 0, 0, 2, 0, 0, 0, 5, 0, 0, 0, 0, 0]);
+        assert!(vmm.read_to_end(&mut got).await.is_ok(), "closed");
     }
 
     #[test]

@@ -212,8 +212,8 @@ pub struct Session {
 enum Attachment {
     None,
     Attached,
-    /// The guest's side has been told, and is to acknowledge by then.
-    Leaving(Instant),
+    /// The guest's side has been told, and is to acknowledge, by then if it had the device.
+    Leaving(Option<Instant>),
     /// Refused; another attempt would end the same way.
     Rejected,
 }
@@ -379,7 +379,7 @@ impl Session {
         self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::Attached)
     }
 
-    /// Whether the guest's side was told that the device is gone, and has not acknowledged it.
+    /// Whether a guest had the device, and its side has not acknowledged that it is gone.
     pub fn is_leaving(&self) -> bool {
         self.leaving_until().is_some()
     }
@@ -401,13 +401,8 @@ impl Session {
         }
         match guest.attachment {
             Attachment::Attached => {
-                let acknowledges = guest.caps.is_some_and(|caps| caps.has(Caps::DISCONNECT_ACK));
-                guest.attachment = match acknowledges {
-                    true => Attachment::Leaving(now + ACKNOWLEDGED_WITHIN),
-                    false => Attachment::None,
-                };
                 self.forget_transfers();
-                self.send_as(0, &Reply::DeviceDisconnect);
+                self.disconnect(Some(now + ACKNOWLEDGED_WITHIN));
             }
             Attachment::Rejected => guest.attachment = Attachment::None,
             Attachment::None | Attachment::Leaving(_) => {}
@@ -416,8 +411,21 @@ impl Session {
 
     /// Puts the device into the guest, at once or as soon as there is one that has seen it go.
     pub fn plug(&mut self) {
+        let none = self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::None);
+        if !self.plugged && none {
+            // Once more: a VM that was put back to a snapshot meanwhile has the device again, as far as it knows.
+            self.disconnect(None);
+        }
         self.plugged = true;
         self.settle_attachment();
+    }
+
+    /// Tells the guest's side that the device is gone, and waits for its word, if it gives one.
+    fn disconnect(&mut self, until: Option<Instant>) {
+        let Some(guest) = &mut self.guest else { return };
+        let acknowledges = guest.caps.is_some_and(|caps| caps.has(Caps::DISCONNECT_ACK));
+        guest.attachment = if acknowledges { Attachment::Leaving(until) } else { Attachment::None };
+        self.send_as(0, &Reply::DeviceDisconnect);
     }
 
     /// Number and bytes of the answers kept for each endpoint.
@@ -639,7 +647,7 @@ impl Session {
 
     fn leaving_until(&self) -> Option<Instant> {
         match self.guest.as_ref()?.attachment {
-            Attachment::Leaving(until) => Some(until),
+            Attachment::Leaving(until) => until,
             Attachment::None | Attachment::Attached | Attachment::Rejected => None,
         }
     }

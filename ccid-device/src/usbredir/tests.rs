@@ -825,6 +825,19 @@ impl World {
         assert_eq!(self.take(peer).last().unwrap().kind, PacketType::DEVICE_CONNECT);
     }
 
+    /// A VM that was put back to a snapshot may have the device again, so it is told once more that it is gone. It may
+    /// be paused.
+    #[track_caller]
+    fn plug_in(&mut self, peer: u64) {
+        self.plug();
+        assert_eq!(self.take_one(peer).kind, PacketType::DEVICE_DISCONNECT);
+        self.expire(100);
+        assert!(!self.session.is_attached() && !self.session.is_leaving());
+        self.send(peer, PacketType::DEVICE_DISCONNECT_ACK, 0, &[]);
+        assert_eq!(self.take(peer).len(), 3);
+        assert!(self.session.is_attached());
+    }
+
     /// Ids of the answers to a control request without data.
     fn control_in_raw(&mut self, peer: u64, setup: [u8; 8]) -> [u64; 2] {
         let [request_type, request, v0, v1, i0, i1, l0, l1] = setup;
@@ -856,8 +869,7 @@ fn unplugged_and_plugged_again() {
     assert_eq!(world.take_one(1).body, [3, 0]);
     world.send(1, PacketType::DEVICE_DISCONNECT_ACK, 0, &[]);
     assert!(world.is_quiet());
-    world.plug();
-    assert_eq!(world.take(1).len(), 3);
+    world.plug_in(1);
     world.send(1, PacketType::SET_CONFIGURATION, 5, &[1]);
     world.take(1);
     world.power_on(1);
@@ -873,8 +885,7 @@ fn plugged_while_nobody_is_there() {
     world.connect(1, QEMU_CAPS);
     world.say(1, &hello(QEMU_CAPS));
     assert_eq!(world.take(1).len(), 1, "hello alone");
-    world.plug();
-    assert_eq!(world.take(1).len(), 3);
+    world.plug_in(1);
 }
 
 /// It keeps what it has until it runs again; nobody waits for that.
@@ -894,8 +905,7 @@ fn a_vmm_that_does_not_acknowledge_is_left() {
     world.connect(2, QEMU_CAPS);
     world.say(2, &hello(QEMU_CAPS));
     assert_eq!(world.take(2).len(), 1, "hello alone");
-    world.plug();
-    assert_eq!(world.take(2).len(), 3);
+    world.plug_in(2);
     world.unplug_and_plug(2, true);
     world.expire(100);
     assert_eq!(world.closed(2), None);
@@ -915,8 +925,7 @@ fn a_filter_that_rejects() {
     assert!(world.is_quiet(), "it would be refused again");
     world.unplug();
     assert!(world.is_quiet(), "it never had it");
-    world.plug();
-    assert_eq!(world.take(1).len(), 3, "asked for");
+    world.plug_in(1);
 }
 
 // ---- connections ------------------------------------------------------------------------------------------
