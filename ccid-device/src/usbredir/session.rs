@@ -12,6 +12,7 @@ use super::codec::{
 };
 use super::endpoint::{BulkIn, InterruptIn, MOST_PENDING, Pending};
 use super::waiting::{First, MOST_HELD, MOST_WAITING, Said, Waiting};
+use crate::usbip::management::GONE_WAIT;
 use crate::{ControlOutcome, Device, EndpointKind, InOutcome, Setup, Speed, Topology, TransferOutcome};
 
 /// Bytes that may wait in [`Session::poll_output`]. A peer that does not read what it asked for is left.
@@ -25,9 +26,6 @@ const MOST_UNREAD_BYTES: usize = 512 * 1024;
 /// Notifications sent to one endpoint at a time.
 const MOST_NOTIFICATIONS: usize = 16;
 
-/// How long the VMM that has the device may take to show that it is gone, before another one is refused: as over
-/// USB/IP. The reset of its connection comes within a round trip.
-const GONE_WAIT: Duration = Duration::from_secs(3);
 /// A VMM that has read nothing for so long does not run its VM: one that does reads at once.
 const STOPPED_FOR: Duration = Duration::from_millis(100);
 /// How long a VMM may take to acknowledge that the device is gone.

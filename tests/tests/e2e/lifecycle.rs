@@ -377,9 +377,7 @@ async fn a_paused_guest_loses_the_reader() -> Result<()> {
         stack.guest.qmp("stop", Value::Null).await?;
         let mark = stack.daemon.mark();
         ensure!(control.execute(on_reader(execute)).await?["return"] == answer);
-        // The answer comes after it.
-        let log = stack.daemon.log();
-        ensure!(log.lines().skip(mark).any(|line| line.contains("does not acknowledge")), "{log}");
+        stack.daemon.line_after(mark, "does not acknowledge the unplugging").await?;
         stack.guest.qmp("cont", Value::Null).await?;
         stack.guest.ok("guest-pcsc wait-reader 20 0; killall -KILL guest-pcsc").await?;
         stack.guest.stop_pcscd().await?;
