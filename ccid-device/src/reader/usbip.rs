@@ -89,6 +89,10 @@ impl Exports {
     pub(super) fn set_free(&self) {
         self.server.set_free(self.index);
     }
+
+    pub(super) fn set_plugged(&self, plugged: bool) {
+        self.server.lock()[self.index].set_plugged(plugged);
+    }
 }
 
 async fn accept(

@@ -118,7 +118,7 @@ async fn command(line: &[u8], control: &Control) -> Value {
                     .collect();
                 readers.push(json!({
                     "reader": number, "carrier": reader.carrier, "endpoint": reader.endpoint,
-                    "attached": status.attached, "slots": slots,
+                    "plugged": status.plugged, "attached": status.attached, "slots": slots,
                 }));
             }
             success(&id, &json!(readers))
@@ -138,13 +138,21 @@ async fn command(line: &[u8], control: &Control) -> Value {
                 None => failure(&id, "there is no card in that reader and slot"),
             }
         }
-        Some("detach") => {
+        Some(execute @ ("detach" | "unplug" | "plug")) => {
             let Some(reader) = number(arguments, "reader") else {
                 return failure(&id, "the argument reader must be given, as a number");
             };
-            match control.readers.get(reader) {
-                Some(reader) => success(&id, &json!({"detached": reader.handle.detach().await})),
-                None => failure(&id, "there is no such reader"),
+            let Some(Running { handle, .. }) = control.readers.get(reader) else {
+                return failure(&id, "there is no such reader");
+            };
+            let done = match execute {
+                "detach" => Some(json!({"detached": handle.detach().await})),
+                "unplug" => handle.unplug().await.map(|()| json!({"plugged": false})),
+                _ => handle.plug().await.map(|()| json!({"plugged": true})),
+            };
+            match done {
+                Some(done) => success(&id, &done),
+                None => failure(&id, "that reader has ended"),
             }
         }
         Some("quit") => {
@@ -152,7 +160,7 @@ async fn command(line: &[u8], control: &Control) -> Value {
             success(&id, &json!({}))
         }
         Some(other) => {
-            let known = "query-readers, insert, remove, detach and quit";
+            let known = "query-readers, insert, remove, detach, unplug, plug and quit";
             failure(&id, &format!("no command {other:?}; there are {known}"))
         }
         None => failure(&id, "\"execute\" is missing"),

@@ -42,6 +42,7 @@ Readers: --reader KIND,[OPTIONS,]ENDPOINT
   usbip       for Linux; readers with the same endpoint share a server
   with        slots=1..16 or interfaces=1..7, speed=full|high, id=VENDOR:PRODUCT, serial=,
               product=, manufacturer=, max-message=271..65554
+  migrate=on  (usbredir, unix-listen:PATH) lets a guest that migrates take its card sessions along
 
 Cards: --card KIND[,OPTIONS]
   cert,db=sql:DIR,cert=[SLOT=]NAME[,cert=...]       certificates of an NSS database
@@ -84,7 +85,8 @@ Examples:
   # libvirt: <redirdev bus='usb' type='unix'>
   #            <source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
 
-Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, quit.
+Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, unplug, plug,
+  quit. Unplug a reader before its guest is put back to a snapshot, and plug it in after.
   {\"execute\": \"remove\", \"arguments\": {\"reader\": 0, \"slot\": 1}}
 
 Exit status:
@@ -346,7 +348,7 @@ impl Started {
             .iter()
             .map(|reader| {
                 let handle = reader.handle.clone();
-                tokio::spawn(async move { handle.unplug().await })
+                tokio::spawn(async move { handle.end().await })
             })
             .collect();
         for unplug in unplugs {
@@ -404,7 +406,7 @@ async fn carriers(
         carriers.push(None);
         if !reader.usbip {
             let channel = Channel::open(reader.endpoint.clone(), plaintext).await.map_err(unusable)?;
-            carriers[number] = Some(Carrier::Usbredir(channel));
+            carriers[number] = Some(Carrier::Usbredir { channel, migrate: reader.migrate });
         }
     }
     for (number, reader) in readers.iter().enumerate() {
