@@ -302,12 +302,18 @@ impl EmulatedCard {
             store,
             reference,
             random,
-            complaints: Complaints::new(),
+            complaints: Complaints::default(),
             epoch: 0,
             volatile: Volatile::default(),
         };
         card.reset();
         Ok(card)
+    }
+
+    /// The card, with what an earlier one on the same token has left of the log.
+    #[cfg(all(unix, feature = "nss"))]
+    pub(crate) fn complaining(self, complaints: &Complaints) -> Self {
+        Self { complaints: complaints.clone(), ..self }
     }
 
     /// What the card answers to reset: T=1 (a `T0` wrapper makes another of it where T=0 is needed).

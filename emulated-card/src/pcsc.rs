@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 use ::pcsc::Context;
 use async_trait::async_trait;
 use tokio::sync::{oneshot, watch};
-use vscard_protocol::{Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch, Response};
+use vscard_protocol::{
+    Atr, Card, CardError, CardSource, Command, Limits, LogBudget, Presence, PresenceWatch, Response,
+};
 
 use crate::pcsc::monitor::Monitor;
 use crate::pcsc::session::{Actor, PoweredCard};
@@ -74,6 +76,8 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     presence: watch::Sender<Presence>,
+    /// Cards, readers and other programs have lines repeated.
+    lines: LogBudget<&'static str>,
 }
 
 #[derive(Default)]
@@ -146,6 +150,7 @@ impl PcscSource {
             state: Mutex::default(),
             changed: Condvar::new(),
             presence: watch::Sender::new(Presence::Absent),
+            lines: LogBudget::new(),
         });
         let monitor = Monitor::new(Arc::clone(&shared));
         std::thread::Builder::new().name("pcsc monitor".into()).spawn(move || monitor.run())?;
@@ -257,7 +262,7 @@ impl Shared {
             }
         });
         if let Err(error) = asking {
-            tracing::error!("the card cannot be used: {error}");
+            self.lines.tell("no thread", |end| tracing::error!("the card cannot be used: {error}{end}"));
             self.lock().coming = None;
         }
     }
@@ -312,6 +317,7 @@ mod tests {
             state: Mutex::default(),
             changed: Condvar::new(),
             presence: watch::Sender::new(Presence::Absent),
+            lines: LogBudget::new(),
         });
         let mut presence = shared.presence.subscribe();
         // Before and after a restart of pcscd, which counts anew.

@@ -22,7 +22,7 @@ use crate::state::{CardClaim, CardId, StateDirectory, StateError};
 use crate::token::{self, TokenCard, TokenCardError};
 use crate::tries::KeepTries;
 use thiserror::Error;
-use vscard_protocol::{CardSource, Secret};
+use vscard_protocol::{CardSource, LogBudget, Secret};
 
 /// A certificate that is wanted on the card: `NAME`, or `SLOT=NAME` with a PIV slot such as `9a`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -662,10 +662,13 @@ impl RawSetup {
 
 /// Says that no PIN will be taken for right: because no more than `kept` tries are left, or none can be counted.
 fn warn_of_tries(reference: &ReferenceData, kept: u8, spent: &str) {
+    /// At each insertion, for a token.
+    static LINES: LogBudget<&str> = LogBudget::new();
+
     match reference.tries_left() {
-        Ok(left) if left <= kept => tracing::warn!("{spent}"),
+        Ok(left) if left <= kept => LINES.tell("spent", |end| tracing::warn!("{spent}{end}")),
         Ok(_) => {}
-        Err(error) => tracing::warn!("every PIN will be refused: {error}"),
+        Err(error) => LINES.tell("refused", |end| tracing::warn!("every PIN will be refused: {error}{end}")),
     }
 }
 

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use thiserror::Error;
 use tokio::sync::watch;
-use vscard_protocol::{Card, CardError, CardSource, Presence, PresenceWatch};
+use vscard_protocol::{Card, CardError, CardSource, LogBudget, Presence, PresenceWatch};
 
-use crate::card::EmulatedCard;
+use crate::card::{Complaints, EmulatedCard};
 use crate::keys::nss::token::{Module, Token, TokenError, TokenStore, TokenWatch, ring};
 use crate::shell::CardSlot;
 use crate::state::{StateDirectory, TokenClaim};
@@ -55,12 +55,17 @@ pub struct TokenCard {
     thread: Option<JoinHandle<()>>,
 }
 
+/// A token comes and goes as fast as it likes.
+static LINES: LogBudget<&str> = LogBudget::new();
+
 struct Shared {
     watch: TokenWatch,
     wanted: Option<String>,
     directory: StateDirectory,
     make: Make,
     forget_pin: Option<Duration>,
+    /// Of the cards of all insertions.
+    complaints: Complaints,
     presence: watch::Sender<Presence>,
     failed: watch::Sender<bool>,
     current: Mutex<Current>,
@@ -109,6 +114,7 @@ impl TokenCard {
             directory,
             make,
             forget_pin,
+            complaints: Complaints::default(),
             presence: watch::Sender::new(Presence::Absent),
             failed: watch::Sender::new(false),
             current: Mutex::default(),
@@ -266,7 +272,7 @@ impl Shared {
                 return;
             }
             let found = self.find().unwrap_or_else(|error| {
-                tracing::warn!("no card: {error}");
+                LINES.tell("no token", |end| tracing::warn!("no card: {error}{end}"));
                 None
             });
             if found != handled {
@@ -283,7 +289,9 @@ impl Shared {
 
     /// Says why there is no card on `token`. Returns how often it is to be tried after this one of `attempts`, and when.
     fn refused(token: &Token, error: &TokenCardError, attempts: u32) -> Option<(u32, Instant)> {
-        tracing::warn!("no card on the token {:?}: {error}", token.label());
+        LINES.tell("no card", |end| {
+            tracing::warn!("no card on the token {:?}: {error}{end}", token.label());
+        });
         (may_pass(error) && attempts > 1).then(|| (attempts - 1, Instant::now() + RETRY))
     }
 
@@ -302,7 +310,7 @@ impl Shared {
 
     fn insert(&self, token: &Token) -> Result<(), TokenCardError> {
         let store = Arc::new(TokenStore::open_claimed(token, self.claim(token)?)?);
-        let card = (self.make)(store).map_err(TokenCardError::Card)?;
+        let card = (self.make)(store).map_err(TokenCardError::Card)?.complaining(&self.complaints);
         let (slot, worker) = CardSlot::with_worker(card, ring)?;
         slot.forget_pin(self.forget_pin);
         let number_in_slot = slot.insert();
@@ -316,7 +324,7 @@ impl Shared {
             Presence::Absent => Presence::Absent,
             Presence::Present { atr, limits, .. } => Presence::Present { insertion: number, atr, limits },
         });
-        tracing::info!("card on the token {:?}", token.label());
+        LINES.tell("in", |end| tracing::info!("card on the token {:?}{end}", token.label()));
         Ok(())
     }
 
@@ -329,7 +337,9 @@ impl Shared {
         // With it the login ends, before another one on the same token begins, and so does the store's claim. What it
         // is about fails soon on a token that is out.
         let failed = inserted.worker.join().is_err();
-        tracing::info!("the card on the token {:?} is gone", inserted.token.label());
+        LINES.tell("gone", |end| {
+            tracing::info!("the card on the token {:?} is gone{end}", inserted.token.label());
+        });
         failed
     }
 }

@@ -9,8 +9,10 @@ use std::fs;
 use std::future::poll_fn;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
+use std::time::Instant;
 
 use emulated_card::card::{CardOptions, EmulatedCard, Profile};
 use emulated_card::keys::nss::token::{Module, ModuleError, Token, TokenError, TokenStore, TokenWatch};
@@ -318,6 +320,51 @@ fn keys_that_are_invisible_are_missed_at_login() {
     let unlocked = unlock(&store, PIN).unwrap();
     assert_rsa(&host, &store, &*unlocked, 0, &[5; 128]);
     assert!(matches!(unlocked.rsa_raw(1, &[5; 128]), Err(KeyError::Failed(_))));
+}
+
+/// Counts the lines of the log.
+struct Log(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Log {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::INFO
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn a_certificate_without_its_key_does_not_fill_the_log() {
+    let Some(host) = in_a_process_with_softhsm("a_certificate_without_its_key_does_not_fill_the_log") else {
+        return;
+    };
+    host.make_token("jane", &[Entry { name: "lost", id: "01", usage: None, ..PLAIN }]);
+    let lines = Arc::new(AtomicUsize::new(0));
+    let start = Instant::now();
+    tracing::subscriber::with_default(Log(Arc::clone(&lines)), || {
+        // It may be that the token was put in again, too.
+        for _ in 0..10 {
+            let store = host.store();
+            (0..200).for_each(|_| drop(unlock(&store, PIN).unwrap()));
+        }
+    });
+    let most = 64 + start.elapsed().as_secs() as usize / 60 + 1;
+    let lines = lines.load(Ordering::Relaxed);
+    assert!((1..=most).contains(&lines), "{lines} lines");
 }
 
 #[test]

@@ -417,6 +417,7 @@ fn ccid() -> Vec<Seed> {
 fn usbredir() -> Vec<Seed> {
     const CARD: u8 = 14;
     let start = || bytes(&[0, 0, 0, 0]);
+    let may_migrate = || bytes(&[0, 0, 0, 2]);
     let configure = || bytes(&[0x0B, 0, 1]);
     let receive = || bytes(&[0x1B, 0, 2]);
     let stop = || bytes(&[0x2B, 0, 3]);
@@ -426,9 +427,9 @@ fn usbredir() -> Vec<Seed> {
     let say = |id: u8, kind: u8, seq: u8, data: Vec<u8>| [&[5, 0, id, kind, 0, seq], &data[..]].concat();
     let control = |id: u8, setup: [u8; 8]| [&[9, id], &setup[..], &[0]].concat();
     let (on, status, xfr) = (0, 2, 3);
-    let up = || {
+    let up_from = |start| {
         [
-            start(),
+            start,
             reset(),
             reset(),
             control(8, [0x80, 6, 0, 1, 0, 0, 18, 0]),
@@ -442,6 +443,9 @@ fn usbredir() -> Vec<Seed> {
         ]
         .concat()
     };
+    let up = || up_from(start());
+    let up_to_migrate = || up_from(may_migrate());
+    let hundred_milliseconds = || pass(CARD, 100);
     let apdu = |seq: u8| [read(20 + seq), say(40 + seq, xfr, seq, block(&SELECT))].concat();
     let mut first = [0; 80];
     first[4] = 68;
@@ -514,11 +518,12 @@ fn usbredir() -> Vec<Seed> {
         (
             "migration",
             vec![
-                up(),
+                up_to_migrate(),
                 apdu(2),
                 bytes(&[0]),
                 response(CARD, &[5; 9]),
                 read(70),
+                hundred_milliseconds(),
                 say(71, status, 3, vec![0]),
                 bytes(&[12]),
             ],
@@ -526,17 +531,41 @@ fn usbredir() -> Vec<Seed> {
         (
             "migration-in-a-packet",
             vec![
-                up(),
+                up_to_migrate(),
                 bytes(&[1, 9, 101, 0, 0, 0, 10, 0, 0, 0, 7, 0]),
                 bytes(&[0]),
                 bytes(&[1, 7, 0, 0, 0, 0, 0, 0, 1]),
+                hundred_milliseconds(),
                 read(72),
             ],
         ),
         (
             "migration-silent",
-            vec![up(), bytes(&[0]), bytes(&[0]), read(70), bytes(&[0x47, 0, 71, 0]), bytes(&[12])],
+            vec![
+                up_to_migrate(),
+                apdu(2),
+                bytes(&[0]),
+                bytes(&[0]),
+                bytes(&[0x8C]),
+                response(CARD, &[5; 9]),
+                read(70),
+                bytes(&[0x47, 0, 71, 0]),
+                bytes(&[12]),
+            ],
         ),
+        (
+            "migration-of-a-guest-that-runs",
+            vec![up_to_migrate(), bytes(&[0]), read(70), bytes(&[0x6D]), hundred_milliseconds(), read(71)],
+        ),
+        ("migration-of-nobody", vec![up_to_migrate(), bytes(&[0]), bytes(&[0x4C]), bytes(&[12])]),
+        ("takeover", vec![up(), apdu(2), bytes(&[0]), read(70), response(CARD, &[5; 9]), cancel(22)]),
+        ("second-vmm", vec![up(), bytes(&[0, 2, 0xFF]), pass(CARD, 3200), read(70)]),
+        (
+            "second-vmm-after-the-first",
+            vec![up(), bytes(&[0, 2, 0xFF]), bytes(&[0x4C]), configure(), receive()],
+        ),
+        ("silent-ones", vec![up(), vec![0; 40], bytes(&[0, 2, 0xFF]), bytes(&[0x4C])]),
+        ("unacknowledged", vec![up(), read(30), bytes(&[13]), pass(CARD, 1200), bytes(&[0x1D])]),
         (
             "reconnect",
             vec![up(), bytes(&[12]), insert(CARD, 0), bytes(&[0, 2, 0xFF]), configure(), receive()],

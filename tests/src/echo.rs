@@ -202,7 +202,7 @@ impl EchoStack {
             let reader = Reader::new(config, vec![Some(card.clone())], news)?;
             readers.push(tokio::spawn(async move {
                 // An endpoint that fails shows as a guest without a reader.
-                let _ = reader.run(Carrier::Usbredir(channel)).await;
+                let _ = reader.run(Carrier::Usbredir { channel, migrate: false }).await;
             }));
             cards.push(card);
         }

@@ -10,7 +10,7 @@ pub mod chardev;
 pub mod client;
 pub mod codec;
 pub mod host;
-#[cfg(feature = "source")]
+#[cfg(any(feature = "source", feature = "io"))]
 mod lines;
 pub mod message;
 #[cfg(all(unix, feature = "io", feature = "source"))]
@@ -25,8 +25,8 @@ pub use apdu::{Case, Command, CommandError, Response, ResponseError, StatusWord}
 pub use atr::Atr;
 #[cfg(feature = "source")]
 pub use card::{Card, CardError, CardSource, Limits, Presence, PresenceWatch};
-#[cfg(feature = "source")]
-pub use lines::LogLines;
+#[cfg(any(feature = "source", feature = "io"))]
+pub use lines::{LogBudget, LogLines};
 pub use secret::Secret;
 #[cfg(feature = "source")]
 pub use t0::T0;

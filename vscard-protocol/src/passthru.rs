@@ -22,19 +22,26 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use zeroize::Zeroizing;
 
 use crate::card::PresenceWatch;
-use crate::chardev::{Channel, ChannelError, Stream, Wire};
+use crate::chardev::{Channel, ChannelError, Place, Places, Stream, Wire};
 use crate::host::{Failure, Host, Input, Output, Token};
 use crate::message::Extension;
-use crate::{Atr, Card, CardError, CardSource, Command, Limits, LogLines, Presence, Response, StatusWord};
+use crate::{Atr, Card, CardError, CardSource, Command, Limits, LogBudget, Presence, Response, StatusWord};
 
 /// For a second client to hear that it is one.
 const REFUSAL_WAIT: Duration = Duration::from_secs(5);
+/// Connections at a time that have not brought a reader yet.
+const MOST_STRANGERS: usize = 4;
 /// Bytes that may wait for a client that does not read.
 const MOST_UNSENT: usize = 256 * 1024;
+
+/// Why a client is gone.
+const CLOSED: &str = "it closed the connection";
+const UNREAD: &str = "it does not read";
+const GIVES_WAY: &str = "it brought no reader, and others came";
 
 /// A card that a remote client owns. Present while a client is connected and shows one.
 pub struct PassthruCard {
@@ -60,7 +67,7 @@ impl PassthruCard {
     ) -> (Self, impl Future<Output = Result<(), ChannelError>> + Send) {
         let (asks, asked) = mpsc::unbounded_channel();
         let (shown, presence) = watch::channel(Presence::Absent);
-        let server = Server { shown, insertions: 0, deadline, asked, lines: LogLines::new(Instant::now()) };
+        let server = Server { shown, insertions: 0, deadline, asked, lines: Arc::default() };
         let card = Self { presence, asks, in_use: Arc::default() };
         (card, server.run(channel))
     }
@@ -135,8 +142,26 @@ struct Server {
     insertions: u64,
     deadline: Duration,
     asked: mpsc::UnboundedReceiver<Ask>,
-    /// Clients come, go and make news as fast as they like.
-    lines: LogLines,
+    lines: Arc<LogBudget<Line>>,
+}
+
+/// What is told in the log. Clients come, go and make news as fast as they like.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Connected,
+    Gone,
+    Refused,
+    Inserted,
+    Removed,
+    Notice,
+}
+
+/// A client that has brought a reader.
+struct Client {
+    wire: Wire,
+    host: Host,
+    /// What it did last, which is still to be worked off.
+    first: Output,
 }
 
 enum Waiting {
@@ -156,9 +181,29 @@ impl Waiting {
 impl Server {
     async fn run(mut self, mut channel: Channel) -> Result<(), ChannelError> {
         let listening = channel.endpoint().is_listening();
+        // A client that says nothing keeps no other out, so several may be there until one has brought a reader.
+        let mut places = Places::new(MOST_STRANGERS);
+        let mut strangers = JoinSet::new();
         loop {
-            let stream = tokio::select! {
-                stream = channel.stream() => stream?,
+            let is_room = listening || strangers.is_empty();
+            let client = tokio::select! {
+                stream = channel.stream(), if is_room => {
+                    let stream = stream?;
+                    self.lines.tell(Line::Connected, |end| {
+                        tracing::info!("{}: client connected{end}", channel.endpoint());
+                    });
+                    let place = places.take().await;
+                    strangers.spawn(meet(stream, self.deadline, place, self.lines.clone()));
+                    continue;
+                }
+                Some(met) = strangers.join_next() => match met {
+                    Ok(Ok(client)) => client,
+                    Ok(Err(why)) => {
+                        self.gone(&channel, &why);
+                        continue;
+                    }
+                    Err(_) => continue,
+                },
                 ask = self.asked.recv() => match ask {
                     Some(ask) => {
                         refuse(ask);
@@ -167,27 +212,36 @@ impl Server {
                     None => return Ok(()),
                 },
             };
-            if let Some(end) = self.lines.next(Instant::now()) {
-                tracing::info!("{}: client connected{end}", channel.endpoint());
-            }
-            let mut wire = Wire::new(stream);
-            let why = self.serve(&mut wire, listening.then_some(&mut channel)).await;
-            if let Some(end) = self.lines.next(Instant::now()) {
-                tracing::info!("{}: client gone: {why}{end}", channel.endpoint());
-            }
+            strangers.shutdown().await;
+            let Client { mut wire, host, first } = client;
+            let why = self.serve(&mut wire, host, first, listening.then_some(&mut channel)).await;
+            self.gone(&channel, &why);
             self.shown.send_replace(Presence::Absent);
             wire.finish().await;
         }
     }
 
+    fn gone(&self, channel: &Channel, why: &str) {
+        self.lines.tell(Line::Gone, |end| tracing::info!("{}: client gone: {why}{end}", channel.endpoint()));
+    }
+
     /// Until the client is gone; says why.
-    async fn serve(&mut self, wire: &mut Wire, mut others: Option<&mut Channel>) -> String {
-        let mut host = Host::new(self.deadline);
+    async fn serve(
+        &mut self,
+        wire: &mut Wire,
+        mut host: Host,
+        first: Output,
+        mut others: Option<&mut Channel>,
+    ) -> String {
         let mut input = Zeroizing::new(vec![0; 64 * 1024]);
         let mut waiting: Option<(Token, Waiting)> = None;
         let mut queue: VecDeque<Ask> = VecDeque::new();
         let mut tokens = 0;
         let mut refusal: Option<JoinHandle<_>> = None;
+        let done = self.output(first, wire, &mut waiting);
+        if let Some(why) = done.or_else(|| self.work_off(&mut host, wire, &mut waiting)) {
+            return why;
+        }
         loop {
             // One request at a time; the next when that one has its outcome.
             while waiting.is_none() {
@@ -211,7 +265,7 @@ impl Server {
                 }
             }
             if wire.unsent() > MOST_UNSENT {
-                return "it does not read".into();
+                return UNREAD.into();
             }
             let deadline = host.next_deadline();
             let due = async {
@@ -228,7 +282,7 @@ impl Server {
             };
             tokio::select! {
                 read = wire.read(&mut input[..]) => match read {
-                    Ok(0) => return "it closed the connection".into(),
+                    Ok(0) => return CLOSED.into(),
                     Ok(count) => host.handle(Input::Received(&input[..count]), Instant::now()),
                     Err(error) => return error.to_string(),
                 },
@@ -246,9 +300,9 @@ impl Server {
                 },
                 another = another => match another {
                     Ok(stream) => {
-                        if let Some(end) = self.lines.next(Instant::now()) {
+                        self.lines.tell(Line::Refused, |end| {
                             tracing::warn!("second client refused: another one is connected{end}");
-                        }
+                        });
                         // One at a time; whoever comes meanwhile finds a closed door.
                         if refusal.as_ref().is_none_or(JoinHandle::is_finished) {
                             let turned_away = tokio::time::timeout(REFUSAL_WAIT, turn_away(stream));
@@ -272,63 +326,100 @@ impl Server {
         wire: &mut Wire,
         waiting: &mut Option<(Token, Waiting)>,
     ) -> Option<String> {
-        while let Some(output) = host.poll_output() {
-            match output {
-                Output::Send(bytes) => wire.send(bytes),
-                Output::ReaderAdded(name) => {
-                    tracing::debug!("reader {:?}", String::from_utf8_lossy(&name));
-                }
-                Output::Inserted(atr, extension) => {
-                    self.insertions += 1;
-                    match (self.lines.next(Instant::now()), extension) {
-                        (Some(end), Some(_)) => tracing::info!("card inserted{end}"),
-                        (Some(end), None) => tracing::warn!(
-                            "card inserted by a client that cannot be told of power-off and reset: \
-                             a verified PIN survives a reboot of the guest{end}"
-                        ),
-                        (None, _) => {}
-                    }
-                    let limits = extension.map_or(Limits::SHORT, limits);
-                    self.shown.send_replace(Presence::Present { insertion: self.insertions, atr, limits });
-                }
-                Output::Removed => {
-                    if let Some(end) = self.lines.next(Instant::now()) {
-                        tracing::info!("card removed{end}");
-                    }
-                    self.shown.send_replace(Presence::Absent);
-                }
-                Output::Answer(token, response) => {
-                    if let Some((_, Waiting::Apdu(reply))) = waiting.take_if(|(of, _)| *of == token) {
-                        let _ = reply.send(Ok(response));
-                    }
-                }
-                Output::Powered(token, atr) => {
-                    if let Some((_, Waiting::Power(reply))) = waiting.take_if(|(of, _)| *of == token) {
-                        let _ = reply.send(Ok(atr));
-                    }
-                }
-                Output::Failed(token, failure) => match waiting.take_if(|(of, _)| *of == token) {
-                    Some((_, Waiting::Apdu(reply))) if failure == Failure::TooLong => {
-                        let _ = reply.send(Ok(StatusWord::WRONG_LENGTH.into()));
-                    }
-                    Some((_, waiting)) => waiting.fail(match failure {
-                        Failure::Removed => CardError::Removed,
-                        Failure::Mute => CardError::Mute,
-                        Failure::Busy => CardError::Busy,
-                        other => CardError::Failed(other.to_string()),
-                    }),
-                    None => {}
-                },
-                Output::Notice(notice) => {
-                    if let Some(end) = self.lines.next(Instant::now()) {
-                        tracing::warn!("{notice}{end}");
-                    }
-                }
-                Output::Close(reason) => return Some(reason.to_string()),
+        std::iter::from_fn(|| host.poll_output()).find_map(|output| self.output(output, wire, waiting))
+    }
+
+    fn output(
+        &mut self,
+        output: Output,
+        wire: &mut Wire,
+        waiting: &mut Option<(Token, Waiting)>,
+    ) -> Option<String> {
+        match output {
+            Output::Send(bytes) => wire.send(bytes),
+            Output::ReaderAdded(name) => {
+                tracing::debug!("reader {:?}", String::from_utf8_lossy(&name));
             }
+            Output::Inserted(atr, extension) => {
+                self.insertions += 1;
+                self.lines.tell(Line::Inserted, |end| match extension {
+                    Some(_) => tracing::info!("card inserted{end}"),
+                    None => tracing::warn!(
+                        "card inserted by a client that cannot be told of power-off and reset: a verified \
+                         PIN survives a reboot of the guest{end}"
+                    ),
+                });
+                let limits = extension.map_or(Limits::SHORT, limits);
+                self.shown.send_replace(Presence::Present { insertion: self.insertions, atr, limits });
+            }
+            Output::Removed => {
+                self.lines.tell(Line::Removed, |end| tracing::info!("card removed{end}"));
+                self.shown.send_replace(Presence::Absent);
+            }
+            Output::Answer(token, response) => {
+                if let Some((_, Waiting::Apdu(reply))) = waiting.take_if(|(of, _)| *of == token) {
+                    let _ = reply.send(Ok(response));
+                }
+            }
+            Output::Powered(token, atr) => {
+                if let Some((_, Waiting::Power(reply))) = waiting.take_if(|(of, _)| *of == token) {
+                    let _ = reply.send(Ok(atr));
+                }
+            }
+            Output::Failed(token, failure) => match waiting.take_if(|(of, _)| *of == token) {
+                Some((_, Waiting::Apdu(reply))) if failure == Failure::TooLong => {
+                    let _ = reply.send(Ok(StatusWord::WRONG_LENGTH.into()));
+                }
+                Some((_, waiting)) => waiting.fail(match failure {
+                    Failure::Removed => CardError::Removed,
+                    Failure::Mute => CardError::Mute,
+                    Failure::Busy => CardError::Busy,
+                    other => CardError::Failed(other.to_string()),
+                }),
+                None => {}
+            },
+            Output::Notice(notice) => self.lines.tell(Line::Notice, |end| tracing::warn!("{notice}{end}")),
+            Output::Close(reason) => return Some(reason.to_string()),
         }
         None
     }
+}
+
+/// Until the client has brought a reader or a card, or is gone; says why then.
+async fn meet(
+    stream: Stream,
+    deadline: Duration,
+    place: Place,
+    lines: Arc<LogBudget<Line>>,
+) -> Result<Client, String> {
+    let mut host = Host::new(deadline);
+    let mut wire = Wire::new(stream);
+    let mut input = Zeroizing::new(vec![0; 1024]);
+    let why = loop {
+        match host.poll_output() {
+            Some(Output::Send(bytes)) => wire.send(bytes),
+            Some(Output::Notice(notice)) => {
+                lines.tell(Line::Notice, |end| tracing::warn!("{notice}{end}"));
+            }
+            Some(Output::Close(reason)) => break reason.to_string(),
+            Some(first) => return Ok(Client { wire, host, first }),
+            None if wire.unsent() > MOST_UNSENT => break UNREAD.into(),
+            None => tokio::select! {
+                read = wire.read(&mut input[..]) => match read {
+                    Ok(0) => break CLOSED.into(),
+                    Ok(count) => {
+                        place.heard();
+                        host.handle(Input::Received(&input[..count]), Instant::now());
+                    }
+                    Err(error) => break error.to_string(),
+                },
+                // Others come, and this one has said nothing: nothing is owed to it.
+                () = place.lost() => return Err(GIVES_WAY.into()),
+            },
+        }
+    };
+    wire.finish().await;
+    Err(why)
 }
 
 fn limits(client: Extension) -> Limits {

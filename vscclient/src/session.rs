@@ -1,19 +1,23 @@
 //! Keeps a card in the guest: connects, drives the protocol, connects again.
 
+use std::io;
+use std::mem::{Discriminant, discriminant};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use vscard_protocol::chardev::{Channel, ChannelError, Stream, Wire};
+use tokio::task::{JoinHandle, JoinSet};
+use vscard_protocol::chardev::{Channel, ChannelError, Place, Places, Stream, Wire};
 use vscard_protocol::client::{Client, ClientConfig, CloseReason, Input, Notice, Output, Token};
 use vscard_protocol::{
-    Atr, Card, CardError, CardSource, Command, LogLines, Presence, PresenceWatch, Response, T0,
+    Atr, Card, CardError, CardSource, Command, LogBudget, Presence, PresenceWatch, Response, T0,
 };
 
 /// Bytes that may wait for a host that does not read.
 const MOST_UNSENT: usize = 64 * 1024;
+/// Connections at a time whose host has not taken the reader yet.
+const MOST_STRANGERS: usize = 4;
 /// Between attempts to power a card that is in use, or fails.
 const BUSY: Duration = Duration::from_secs(1);
 
@@ -45,25 +49,45 @@ pub(crate) async fn run(
     reconnect: bool,
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
-    if channel.endpoint().is_listening() {
+    let listening = channel.endpoint().is_listening();
+    if listening {
         tracing::info!("listening on {}", place(&channel));
     }
+    let lines = Arc::new(LogBudget::new());
+    // A host that says nothing, as one whose machine is paused does, keeps no other out.
+    let mut places = Places::new(MOST_STRANGERS);
+    let mut strangers = JoinSet::new();
     loop {
+        let is_room = listening || strangers.is_empty();
         let stream = async { if reconnect { channel.stream().await } else { channel.stream_once().await } };
-        let stream = tokio::select! {
-            stream = stream => stream,
-            Some(Wish::Leave) = wishes.recv() => return End::Left,
-        };
-        match stream {
-            Ok(stream) => {
-                tracing::debug!("{}: stream open", channel.endpoint());
-                let connection = Connection::new(stream, source.clone(), config.clone());
-                if connection.drive(wishes).await {
-                    return End::Left;
+        tokio::select! {
+            stream = stream, if is_room => match stream {
+                Ok(stream) => {
+                    tracing::debug!("{}: stream open", channel.endpoint());
+                    let connection =
+                        Connection::new(stream, source.clone(), config.clone(), Arc::clone(&lines));
+                    strangers.spawn(connection.meet(places.take().await));
+                    continue;
                 }
+                Err(error) if !error.is_transient() => return End::Unusable(error),
+                Err(error) => tracing::warn!("{error}"),
+            },
+            Some(met) = strangers.join_next() => match met {
+                Ok(Some(connection)) => {
+                    // The others' places are gone.
+                    places = Places::new(MOST_STRANGERS);
+                    if connection.drive(wishes).await {
+                        return End::Left;
+                    }
+                }
+                _ if listening && !strangers.is_empty() => continue,
+                _ => {}
+            },
+            Some(Wish::Leave) = wishes.recv() => {
+                drop(places);
+                while strangers.join_next().await.is_some() {}
+                return End::Left;
             }
-            Err(error) if !error.is_transient() => return End::Unusable(error),
-            Err(error) => tracing::warn!("{error}"),
         }
         if !reconnect {
             return End::Disconnected;
@@ -118,7 +142,18 @@ struct Connection {
     card: Option<Powered>,
     sessions: u64,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
-    warnings: LogLines,
+    /// What the client wanted last while it was met, which is still to be worked off.
+    first: Option<Output>,
+    lines: Arc<LogBudget<Line>>,
+}
+
+/// What is told in the log. A host, or a guest behind it, can have it repeated as fast as it likes.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Connected,
+    Ended,
+    NotPowered,
+    Notice(Discriminant<Notice>),
 }
 
 struct Shown {
@@ -150,7 +185,12 @@ impl Powered {
 }
 
 impl Connection {
-    fn new(stream: Stream, whole: Arc<dyn CardSource>, config: ClientConfig) -> Self {
+    fn new(
+        stream: Stream,
+        whole: Arc<dyn CardSource>,
+        config: ClientConfig,
+        lines: Arc<LogBudget<Line>>,
+    ) -> Self {
         Self {
             wire: Wire::new(stream),
             whole,
@@ -159,7 +199,49 @@ impl Connection {
             card: None,
             sessions: 0,
             events: mpsc::channel(16),
-            warnings: LogLines::new(Instant::now()),
+            first: None,
+            lines,
+        }
+    }
+
+    /// Until the host has taken the reader; `None` if the connection has ended before, or the place is another's.
+    async fn meet(mut self, place: Place) -> Option<Self> {
+        let mut input = zeroize::Zeroizing::new([0; 1024]);
+        loop {
+            match self.client.poll_output() {
+                Some(Output::Send(bytes)) => self.wire.send(bytes),
+                Some(Output::Notice(notice)) => self.log(&notice),
+                Some(Output::Close(reason)) => {
+                    self.lines.tell(Line::Ended, |end| match reason {
+                        CloseReason::Left => tracing::info!("left a host that had not taken the card{end}"),
+                        reason => tracing::warn!("connection closed: {reason}{end}"),
+                    });
+                    self.wire.finish().await;
+                    return None;
+                }
+                Some(first) => {
+                    self.first = Some(first);
+                    return Some(self);
+                }
+                None => {
+                    let due = due(self.client.next_deadline());
+                    tokio::select! {
+                        read = self.wire.read(&mut input[..]) => match read {
+                            Ok(count @ 1..) => {
+                                place.heard();
+                                self.client.handle(Input::Received(&input[..count]), Instant::now());
+                            }
+                            ended => {
+                                self.ended(ended.err());
+                                return None;
+                            }
+                        },
+                        () = due => self.client.handle_deadline(Instant::now()),
+                        // Not without the rest of a message: its host may be QEMU, which keeps half ones.
+                        () = place.lost() => self.client.handle(Input::Leave, Instant::now()),
+                    }
+                }
+            }
         }
     }
 
@@ -177,24 +259,20 @@ impl Connection {
         let mut leaving = false;
         loop {
             if let Some(reason) = self.work_off().await {
-                match &reason {
-                    CloseReason::Left => tracing::info!("left the host"),
-                    CloseReason::LeftUnacknowledged => tracing::warn!("{reason}"),
-                    _ => tracing::warn!("connection closed: {reason}"),
-                }
+                self.lines.tell(Line::Ended, |end| match &reason {
+                    CloseReason::Left => tracing::info!("left the host{end}"),
+                    CloseReason::LeftUnacknowledged => tracing::warn!("{reason}{end}"),
+                    _ => tracing::warn!("connection closed: {reason}{end}"),
+                });
                 return leaving;
             }
             if self.wire.unsent() > MOST_UNSENT {
-                tracing::warn!("connection closed: the host does not read our answers");
+                self.lines.tell(Line::Ended, |end| {
+                    tracing::warn!("connection closed: the host does not read our answers{end}");
+                });
                 return leaving;
             }
-            let deadline = self.client.next_deadline();
-            let due = pin!(async {
-                match deadline {
-                    Some(at) => tokio::time::sleep_until(at.into()).await,
-                    None => std::future::pending().await,
-                }
-            });
+            let due = due(self.client.next_deadline());
             let changed = async {
                 match &mut self.shown {
                     Some(shown) => shown.presence.changed().await,
@@ -203,13 +281,11 @@ impl Connection {
             };
             tokio::select! {
                 read = self.wire.read(&mut input[..]) => match read {
-                    Ok(0) => {
-                        tracing::warn!("the host closed the connection");
-                        return leaving;
+                    Ok(count @ 1..) => {
+                        self.client.handle(Input::Received(&input[..count]), Instant::now());
                     }
-                    Ok(count) => self.client.handle(Input::Received(&input[..count]), Instant::now()),
-                    Err(error) => {
-                        tracing::warn!("the connection broke: {error}");
+                    ended => {
+                        self.ended(ended.err());
                         return leaving;
                     }
                 },
@@ -226,7 +302,7 @@ impl Connection {
 
     /// Does what the client wants; a reason if it wants the connection closed.
     async fn work_off(&mut self) -> Option<CloseReason> {
-        while let Some(output) = self.client.poll_output() {
+        while let Some(output) = self.first.take().or_else(|| self.client.poll_output()) {
             match output {
                 Output::Send(bytes) => self.wire.send(bytes),
                 Output::Transmit(token, command) => {
@@ -236,7 +312,7 @@ impl Connection {
                 }
                 Output::Ready(extension) => {
                     let how = if extension.is_some() { ", which powers the card itself" } else { "" };
-                    tracing::info!("connected to the host{how}");
+                    self.lines.tell(Line::Connected, |end| tracing::info!("connected to the host{how}{end}"));
                     let source: Arc<dyn CardSource> = match extension {
                         Some(_) => self.whole.clone(),
                         None => Arc::new(T0::new(self.whole.clone())),
@@ -288,7 +364,8 @@ impl Connection {
         };
         let (commands, queue) = mpsc::channel(1);
         let events = self.events.0.clone();
-        let task = tokio::spawn(serve(source, insertion, asked, queue, session, events));
+        let lines = Arc::clone(&self.lines);
+        let task = tokio::spawn(serve(source, insertion, asked, queue, (session, events), lines));
         self.card = Some(Powered { session, commands, at_work: false, task });
     }
 
@@ -312,18 +389,20 @@ impl Connection {
         self.client.handle(input, Instant::now());
     }
 
-    /// A host, or a guest behind it, can make news as fast as it likes; the log is not to follow it.
-    fn log(&mut self, notice: &Notice) {
-        match notice {
+    fn log(&self, notice: &Notice) {
+        self.lines.tell(Line::Notice(discriminant(notice)), |end| match notice {
             Notice::Inserted | Notice::Removed | Notice::Waiting | Notice::Resynchronising => {
-                tracing::info!("{notice}");
+                tracing::info!("{notice}{end}");
             }
-            _ => {
-                if let Some(end) = self.warnings.next(Instant::now()) {
-                    tracing::warn!("{notice}{end}");
-                }
-            }
-        }
+            _ => tracing::warn!("{notice}{end}"),
+        });
+    }
+
+    fn ended(&self, error: Option<io::Error>) {
+        self.lines.tell(Line::Ended, |end| match error {
+            Some(error) => tracing::warn!("the connection broke: {error}{end}"),
+            None => tracing::warn!("the host closed the connection{end}"),
+        });
     }
 
     async fn power_off(&mut self) {
@@ -335,9 +414,20 @@ impl Connection {
     }
 }
 
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The host does not ask again, so a card that another program has to itself, or that fails, is tried as long as it
 /// is in. Nothing tells when it will be of use.
-async fn power_on_to_show(source: &dyn CardSource, insertion: u64) -> Result<Box<dyn Card>, CardError> {
+async fn power_on_to_show(
+    source: &dyn CardSource,
+    insertion: u64,
+    lines: &LogBudget<Line>,
+) -> Result<Box<dyn Card>, CardError> {
     let mut told = false;
     let mut presence = source.presence();
     loop {
@@ -347,12 +437,12 @@ async fn power_on_to_show(source: &dyn CardSource, insertion: u64) -> Result<Box
             Err(error) => error,
         };
         if !std::mem::replace(&mut told, true) {
-            match error {
+            lines.tell(Line::NotPowered, |end| match error {
                 CardError::Busy => {
-                    tracing::warn!("the card is in use by another program or session; waiting for it");
+                    tracing::warn!("the card is in use by another program or session; waiting for it{end}");
                 }
-                error => tracing::warn!("the card cannot be powered: {error}; trying again"),
-            }
+                error => tracing::warn!("the card cannot be powered: {error}; trying again{end}"),
+            });
         }
         tokio::time::sleep(BUSY).await;
     }
@@ -364,18 +454,20 @@ async fn serve(
     insertion: u64,
     asked: Option<Token>,
     mut commands: mpsc::Receiver<(Token, Command)>,
-    session: u64,
-    events: mpsc::Sender<Event>,
+    (session, events): (u64, mpsc::Sender<Event>),
+    lines: Arc<LogBudget<Line>>,
 ) {
     let card = match asked {
         Some(_) => source.power_on(insertion).await,
-        None => power_on_to_show(&*source, insertion).await,
+        None => power_on_to_show(&*source, insertion, &lines).await,
     };
     let atr = card.as_ref().ok().map(|card| card.atr().clone());
     if let Err(error) = &card {
         // After a removal the next look at the presence shows what became of it.
         if *error != CardError::Removed {
-            tracing::error!("the card cannot be powered: {error}");
+            lines.tell(Line::NotPowered, |end| {
+                tracing::error!("the card cannot be powered: {error}{end}");
+            });
         }
     }
     let told = events.send((session, Said::Powered(asked, atr))).await;

@@ -20,7 +20,8 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
 use vscard_protocol::{
-    Atr, Card, CardError, CardSource, Command, Limits, Presence, PresenceWatch, Response, StatusWord,
+    Atr, Card, CardError, CardSource, Command, Limits, LogBudget, Presence, PresenceWatch, Response,
+    StatusWord,
 };
 use zeroize::Zeroizing;
 
@@ -33,6 +34,9 @@ pub(crate) use endpoint::{PREFIX, endpoint};
 /// A program can send the card a single byte, which looks like a command to the reader: then vpcd waits for an
 /// answer that no card gives, and pcscd with it, until the card is taken out.
 const MOST_SILENCE: Duration = Duration::from_secs(5);
+
+/// Cards and connections come and go as fast as a card or a peer likes.
+static LINES: LogBudget<&str> = LogBudget::new();
 
 /// What is asked of the reader, in one byte.
 mod control {
@@ -68,7 +72,9 @@ async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaint
             continue;
         };
         if atr.as_bytes().is_empty() {
-            tracing::warn!("the card has no answer to reset, and vpcd takes none that is empty");
+            LINES.tell("no ATR", |end| {
+                tracing::warn!("the card has no answer to reset, and vpcd takes none that is empty{end}");
+            });
             notify::ready("the card that is in has no answer to reset");
             removed(&mut presence, insertion).await;
             continue;
@@ -81,7 +87,9 @@ async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaint
         let shown = Shown { source: &*source, insertion, atr, limits };
         tokio::select! {
             end = shown.stay_in(&mut channel, reconnect) => return end,
-            () = removed(&mut presence, insertion) => tracing::info!("{endpoint}: card taken out"),
+            () = removed(&mut presence, insertion) => {
+                LINES.tell("taken out", |end| tracing::info!("{endpoint}: card taken out{end}"));
+            }
         }
     }
 }
@@ -128,7 +136,7 @@ impl Shown<'_> {
             match stream.map(|stream| stream.into_tcp()) {
                 Ok(Some(stream)) => {
                     let Err(lost) = Connection { stream, quick_ack }.serve(self, channel.endpoint()).await;
-                    tracing::warn!("{}: {lost}{again}", channel.endpoint());
+                    LINES.tell("lost", |end| tracing::warn!("{}: {lost}{again}{end}", channel.endpoint()));
                 }
                 Ok(None) => return End::Disconnected,
                 Err(error) if !error.is_transient() => return End::Unusable(error),
@@ -181,7 +189,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut card = None;
         let mut ready = Ready::NotPowered;
         let mut question = self.question().await?;
-        tracing::info!("{endpoint}: card put in");
+        LINES.tell("put in", |end| tracing::info!("{endpoint}: card put in{end}"));
         loop {
             if ready == Ready::Next {
                 ready = Ready::Told;

@@ -6,8 +6,8 @@ use std::task::Poll;
 
 use tokio::io::ReadBuf;
 use tokio::sync::{mpsc, oneshot};
-use vscard_protocol::Secret;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream, Wire};
+use vscard_protocol::{LogBudget, Secret};
 use zeroize::Zeroizing;
 
 use super::Event as ReaderEvent;
@@ -24,6 +24,8 @@ pub(super) enum Event {
     Received(u64, usize),
     /// It is gone, and known no more.
     Lost(u64),
+    /// Its peer has read since it was [filled](Connections::fill).
+    Reads(u64),
 }
 
 /// Opens one stream after the other, or all that come.
@@ -32,16 +34,17 @@ pub(super) async fn open_all(
     events: mpsc::Sender<ReaderEvent>,
 ) -> Result<(), ChannelError> {
     let listening = channel.endpoint().is_listening();
+    let lines = LogBudget::new();
     loop {
         let stream = channel.stream().await?;
-        tracing::info!("{}: connected", channel.endpoint());
+        lines.tell("connected", |end| tracing::info!("{}: connected{end}", channel.endpoint()));
         let (done, gone) = oneshot::channel();
         if events.send(ReaderEvent::Connected(stream, done)).await.is_err() {
             return Ok(());
         }
         if !listening {
             let _ = gone.await;
-            tracing::info!("{}: connection gone", channel.endpoint());
+            lines.tell("gone", |end| tracing::info!("{}: connection gone{end}", channel.endpoint()));
         }
     }
 }
@@ -56,6 +59,7 @@ pub(super) struct Connections {
 struct Connection {
     id: u64,
     wire: Wire,
+    filled: bool,
     /// Whoever opened it waits for its end.
     done: oneshot::Sender<()>,
 }
@@ -67,7 +71,7 @@ impl Connections {
 
     pub(super) fn add(&mut self, stream: Stream, done: oneshot::Sender<()>) -> u64 {
         self.last += 1;
-        self.open.push(Connection { id: self.last, wire: Wire::new(stream), done });
+        self.open.push(Connection { id: self.last, wire: Wire::new(stream), filled: false, done });
         self.last
     }
 
@@ -76,7 +80,12 @@ impl Connections {
         poll_fn(|context| {
             for (index, connection) in self.open.iter_mut().enumerate() {
                 let mut buffer = ReadBuf::new(&mut self.buffer);
-                let Poll::Ready(read) = connection.wire.poll_read(context, &mut buffer) else { continue };
+                let read = connection.wire.poll_read(context, &mut buffer);
+                if connection.filled && !connection.wire.is_full() && read.is_pending() {
+                    connection.filled = false;
+                    return Poll::Ready(Event::Reads(connection.id));
+                }
+                let Poll::Ready(read) = read else { continue };
                 let (id, count) = (connection.id, buffer.filled().len());
                 if read.is_err() || count == 0 {
                     self.close(id);
@@ -101,6 +110,28 @@ impl Connections {
         if let Some(connection) = self.open.iter_mut().find(|connection| connection.id == id) {
             connection.wire.send(bytes);
         }
+    }
+
+    /// Sends `bytes` until the peer's socket takes no more; whether that came to pass. If so, there will be an
+    /// [`Event::Reads`] when it takes more.
+    pub(super) fn fill(&mut self, id: u64, bytes: &Secret) -> bool {
+        let Some(connection) = self.open.iter_mut().find(|connection| connection.id == id) else {
+            return true;
+        };
+        connection.filled = connection.wire.fill(bytes);
+        connection.filled
+    }
+
+    /// A connection that takes more, of those that were filled. It is no event any more.
+    pub(super) fn read_again(&mut self) -> Option<u64> {
+        for connection in self.open.iter_mut().filter(|connection| connection.filled) {
+            connection.wire.write_on();
+            if !connection.wire.is_full() {
+                connection.filled = false;
+                return Some(connection.id);
+            }
+        }
+        None
     }
 
     /// A connection whose peer leaves too much unread.

@@ -7,14 +7,15 @@ mod connection;
 mod slot;
 mod usbip;
 
+use std::mem::{Discriminant, discriminant};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
-use vscard_protocol::CardSource;
 use vscard_protocol::chardev::{Channel, ChannelError, Stream};
+use vscard_protocol::{CardSource, LogBudget};
 
 use crate::usbip::management::GONE_WAIT;
 use crate::usbip::urbs::{self, Urbs};
@@ -32,7 +33,13 @@ const MOST_EVENTS: usize = 256;
 /// Where a reader appears.
 pub enum Carrier {
     /// QEMU's `usb-redir`, at the other end of this channel.
-    Usbredir(Channel),
+    Usbredir {
+        /// Where it connects, or is connected to.
+        channel: Channel,
+        /// A guest that migrates takes its card sessions along: see [`Session::migrating`]. Only over a UNIX socket
+        /// that is listened on is there another end to migrate to, and a peer that is known.
+        migrate: bool,
+    },
     /// USB/IP clients of this server.
     Usbip(Exports),
 }
@@ -66,12 +73,17 @@ enum Request {
     Query(oneshot::Sender<Status>),
     Eject(SlotId, bool, oneshot::Sender<bool>),
     Detach(oneshot::Sender<bool>),
-    Unplug(oneshot::Sender<()>),
+    /// Until it is plugged in again; tells when no guest has it any more.
+    Unplug(oneshot::Sender<bool>),
+    Plug(oneshot::Sender<bool>),
+    End(oneshot::Sender<()>),
 }
 
 /// A look at a reader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
+    /// It is [plugged in](Handle::plug), so that a guest can have it.
+    pub plugged: bool,
     /// A guest has it.
     pub attached: bool,
     /// For each slot, whether a card is in.
@@ -101,17 +113,33 @@ impl Handle {
     }
 
     /// Takes the reader from the guest that has it, whose card sessions end; whether there was one. A USB/IP client's
-    /// connection is closed, and the next client can import the reader; over usbredir it is plugged in again at once.
+    /// connection is closed, and the next client can import the reader; over usbredir it is plugged in again at once,
+    /// and a VMM that does not acknowledge the unplugging within a second is left.
     pub async fn detach(&self) -> bool {
         let (reply, answer) = oneshot::channel();
         self.0.send(Event::Request(Request::Detach(reply))).await.is_ok() && answer.await.unwrap_or(false)
     }
 
+    /// Takes the reader from the guest that has it, as [`detach`](Self::detach) does, and keeps it from all until it is
+    /// [plugged in](Self::plug); returns when no guest has it any more. `None` once the reader has ended.
+    pub async fn unplug(&self) -> Option<()> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Event::Request(Request::Unplug(reply))).await.ok()?;
+        answer.await.ok().map(drop)
+    }
+
+    /// Plugs the reader in, as it is from the start. `None` once it has ended.
+    pub async fn plug(&self) -> Option<()> {
+        let (reply, answer) = oneshot::channel();
+        self.0.send(Event::Request(Request::Plug(reply))).await.ok()?;
+        answer.await.ok().map(drop)
+    }
+
     /// Takes the reader out of the guest and ends it; returns when what tells the guest's side is written and the
     /// connection closed, or nobody reads it.
-    pub async fn unplug(&self) {
+    pub async fn end(&self) {
         let (reply, answer) = oneshot::channel();
-        if self.0.send(Event::Request(Request::Unplug(reply))).await.is_ok() {
+        if self.0.send(Event::Request(Request::End(reply))).await.is_ok() {
             let _ = answer.await;
         }
     }
@@ -138,6 +166,7 @@ pub struct Reader {
     present: Vec<bool>,
     events: (mpsc::Sender<Event>, mpsc::Receiver<Event>),
     news: mpsc::UnboundedSender<ReaderEvent>,
+    plugged: bool,
     attached: bool,
 }
 
@@ -166,7 +195,7 @@ impl Reader {
             })
             .collect();
         let present = vec![false; slots.len()];
-        Ok(Self { device, slots, present, events, news, attached: false })
+        Ok(Self { device, slots, present, events, news, plugged: true, attached: false })
     }
 
     /// What speaks to it while it runs.
@@ -174,13 +203,13 @@ impl Reader {
         Handle(self.events.0.clone())
     }
 
-    /// Runs until [unplugged](Handle::unplug).
+    /// Runs until it is [ended](Handle::end).
     ///
     /// # Errors
     /// [`ChannelError`] when the carrier's endpoint is of no use.
     pub async fn run(mut self, carrier: Carrier) -> Result<(), ChannelError> {
         match carrier {
-            Carrier::Usbredir(channel) => self.run_usbredir(channel).await,
+            Carrier::Usbredir { channel, migrate } => self.run_usbredir(channel, migrate).await,
             Carrier::Usbip(exports) => {
                 self.run_usbip(exports).await;
                 Ok(())
@@ -188,7 +217,7 @@ impl Reader {
         }
     }
 
-    async fn run_usbredir(&mut self, channel: Channel) -> Result<(), ChannelError> {
+    async fn run_usbredir(&mut self, channel: Channel, migrate: bool) -> Result<(), ChannelError> {
         let (failed, mut failure) = oneshot::channel();
         let events = self.events.0.clone();
         let opener = tokio::spawn(async move {
@@ -196,87 +225,120 @@ impl Reader {
                 let _ = failed.send(error);
             }
         });
-        let mut session = Session::new();
-        let mut connections = Connections::new();
+        let mut link = Link::new(if migrate { Session::migrating() } else { Session::new() });
         let mut alarm = Alarm::new();
         loop {
-            self.carry_usbredir(&mut session, &mut connections);
-            self.tell_attached(session.is_attached());
-            let due = [self.device.next_deadline(), session.next_deadline()];
+            self.carry_usbredir(&mut link);
+            self.plugged = link.session.is_plugged();
+            self.tell_attached(link.session.is_attached());
+            if !link.session.is_leaving() {
+                link.unplugging.drain(..).for_each(|(reply, answer)| tell(reply, answer));
+            }
+            let due = [self.device.next_deadline(), link.session.next_deadline()];
             let next = tokio::select! {
-                happened = connections.event() => Next::Happened(happened),
+                happened = link.connections.event() => Next::Happened(happened),
                 Some(event) = self.events.1.recv() => Next::Event(event),
                 Ok(error) = &mut failure => return Err(error),
                 () = alarm.at(due.into_iter().flatten().min()) => Next::Due,
             };
             let now = Instant::now();
             match next {
-                Next::Happened(Happened::Received(id, count)) => {
-                    let input = usbredir::Input::Received(ConnectionId(id), connections.received(count));
-                    session.handle(input, &mut self.device, now);
-                }
-                Next::Happened(Happened::Lost(id)) => {
-                    session.handle(usbredir::Input::Lost(ConnectionId(id)), &mut self.device, now);
-                }
+                Next::Happened(happened) => self.happened(&mut link, happened, now),
                 Next::Event(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
                 Next::Event(Event::Connected(stream, done)) => {
-                    let id = connections.add(stream, done);
-                    session.handle(usbredir::Input::Connected(ConnectionId(id)), &mut self.device, now);
+                    let id = ConnectionId(link.connections.add(stream, done));
+                    link.session.handle(usbredir::Input::Connected(id), &mut self.device, now);
                 }
-                Next::Event(Event::Request(Request::Unplug(reply))) => {
-                    session.unplug(&mut self.device, now);
-                    self.carry_usbredir(&mut session, &mut connections);
-                    self.tell_attached(session.is_attached());
-                    connections.flush().await;
+                Next::Event(Event::Request(Request::End(reply))) => {
+                    link.session.unplug(&mut self.device, now);
+                    self.carry_usbredir(&mut link);
+                    self.tell_attached(link.session.is_attached());
+                    link.connections.flush().await;
                     opener.abort();
                     tell(reply, ());
                     return Ok(());
                 }
                 Next::Event(Event::Request(Request::Detach(reply))) => {
-                    let detached = session.is_attached();
-                    if detached {
-                        session.unplug(&mut self.device, now);
+                    let attached = link.session.is_attached();
+                    if attached {
+                        link.session.unplug(&mut self.device, now);
                         self.tell_attached(false);
-                        session.plug();
+                        link.session.plug();
                     }
-                    tell(reply, detached);
+                    link.unplugging.push((reply, attached));
+                }
+                Next::Event(Event::Request(Request::Unplug(reply))) => {
+                    let attached = link.session.is_attached();
+                    link.session.unplug(&mut self.device, now);
+                    link.unplugging.push((reply, attached));
+                }
+                Next::Event(Event::Request(Request::Plug(reply))) => {
+                    link.session.plug();
+                    tell(reply, true);
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => {
+                    // What has been read counts, though the news of it comes late.
+                    while let Some(id) = link.connections.read_again() {
+                        let read = usbredir::Input::Reads(ConnectionId(id));
+                        link.session.handle(read, &mut self.device, now);
+                    }
                     self.device.handle_deadline(now);
-                    session.handle_deadline(&mut self.device, now);
+                    link.session.handle_deadline(&mut self.device, now);
                 }
             }
         }
     }
 
-    fn carry_usbredir(&mut self, session: &mut Session, connections: &mut Connections) {
+    fn happened(&mut self, link: &mut Link, happened: Happened, now: Instant) {
+        let input = match happened {
+            Happened::Received(id, count) => {
+                usbredir::Input::Received(ConnectionId(id), link.connections.received(count))
+            }
+            Happened::Lost(id) => usbredir::Input::Lost(ConnectionId(id)),
+            Happened::Reads(id) => usbredir::Input::Reads(ConnectionId(id)),
+        };
+        link.session.handle(input, &mut self.device, now);
+    }
+
+    fn carry_usbredir(&mut self, link: &mut Link) {
         loop {
+            let Link { session, connections, .. } = link;
             session.handle(usbredir::Input::DeviceReady, &mut self.device, Instant::now());
             let mut moved = false;
             while let Some(output) = session.poll_output() {
                 moved = true;
+                let now = Instant::now();
                 match output {
                     usbredir::Output::Send(ConnectionId(id), bytes) => connections.send(id, bytes),
-                    usbredir::Output::Close(ConnectionId(id), reason) => {
-                        tracing::info!("connection closed: {reason}");
-                        connections.close(id);
-                        session.handle(
-                            usbredir::Input::Lost(ConnectionId(id)),
-                            &mut self.device,
-                            Instant::now(),
-                        );
+                    usbredir::Output::Fill(ConnectionId(id), bytes) => {
+                        if !connections.fill(id, &bytes) {
+                            session.handle(usbredir::Input::Reads(ConnectionId(id)), &mut self.device, now);
+                        }
                     }
-                    usbredir::Output::Notice(notice) => tracing::info!("{notice}"),
+                    usbredir::Output::Close(ConnectionId(id), reason) => {
+                        link.lines.tell(Told::Closed(discriminant(&reason)), |end| {
+                            tracing::info!("connection closed: {reason}{end}");
+                        });
+                        connections.close(id);
+                        session.handle(usbredir::Input::Lost(ConnectionId(id)), &mut self.device, now);
+                    }
+                    usbredir::Output::Notice(notice) => {
+                        link.lines.tell(Told::Notice(discriminant(&notice)), |end| {
+                            tracing::info!("{notice}{end}");
+                        });
+                    }
                 }
             }
             while let Some(id) = connections.overrun() {
-                tracing::warn!("connection closed: the VMM does not read");
+                link.lines.tell(Told::Unread, |end| {
+                    tracing::warn!("connection closed: the VMM does not read{end}");
+                });
                 connections.close(id);
-                let lost = usbredir::Input::Lost(ConnectionId(id));
-                session.handle(lost, &mut self.device, Instant::now());
-                // What it has not read is gone, so nothing can continue it.
-                session.unplug(&mut self.device, Instant::now());
+                let now = Instant::now();
+                // What it has not read is gone, so nothing can go on.
+                session.unplug(&mut self.device, now);
+                session.handle(usbredir::Input::Lost(ConnectionId(id)), &mut self.device, now);
                 session.plug();
             }
             if !moved {
@@ -292,6 +354,7 @@ impl Reader {
         let mut alarm = Alarm::new();
         let mut client: Option<(u64, Urbs)> = None;
         let mut question = Question::default();
+        let lines = LogBudget::new();
         loop {
             match &mut client {
                 Some((_, urbs)) if question.is_put(Instant::now()) => {
@@ -301,7 +364,7 @@ impl Reader {
                 Some(_) => {}
                 None => question = Question::default(),
             }
-            self.carry_usbip(&mut client, &mut connections, &exports);
+            self.carry_usbip(&mut client, &mut connections, &exports, &lines);
             self.tell_attached(client.is_some());
             let due = [self.device.next_deadline(), question.due()];
             let next = tokio::select! {
@@ -309,10 +372,12 @@ impl Reader {
                 Some(event) = self.events.1.recv() => Next::Event(event),
                 Some(order) = exports.order() => {
                     match order {
+                        // Chosen just before it was unplugged.
+                        Order::Imported(..) if !self.plugged => exports.set_free(),
                         Order::Imported(stream, rest) => {
                             let (done, _) = oneshot::channel();
                             let id = connections.add(stream, done);
-                            tracing::info!("imported by a USB/IP client");
+                            lines.tell(Line::Imported, |end| tracing::info!("imported by a USB/IP client{end}"));
                             let mut session = exports.urbs();
                             let input = urbs::Input::Received(rest.expose());
                             session.handle(input, &mut self.device, Instant::now());
@@ -332,16 +397,17 @@ impl Reader {
                         urbs.handle(input, &mut self.device, now);
                     }
                 }
+                Next::Happened(Happened::Reads(_)) => {}
                 Next::Happened(Happened::Lost(id)) => {
                     if client.as_ref().is_some_and(|(of, _)| *of == id) {
-                        tracing::info!("USB/IP client gone");
+                        lines.tell(Line::Gone, |end| tracing::info!("USB/IP client gone{end}"));
                         self.end_import(&mut client, &mut connections, now);
                         exports.set_free();
                     }
                 }
                 Next::Event(Event::Slot(slot, event)) => self.slot_event(slot, event, now),
                 Next::Event(Event::Connected(..)) => {}
-                Next::Event(Event::Request(Request::Unplug(reply))) => {
+                Next::Event(Event::Request(Request::End(reply))) => {
                     self.end_import(&mut client, &mut connections, now);
                     connections.flush().await;
                     tell(reply, ());
@@ -353,6 +419,21 @@ impl Reader {
                         exports.set_free();
                     }
                     tell(reply, detached);
+                }
+                Next::Event(Event::Request(Request::Unplug(reply))) => {
+                    // First, so that nobody imports it in between.
+                    self.plugged = false;
+                    exports.set_plugged(false);
+                    let detached = self.end_import(&mut client, &mut connections, now);
+                    if detached {
+                        exports.set_free();
+                    }
+                    tell(reply, detached);
+                }
+                Next::Event(Event::Request(Request::Plug(reply))) => {
+                    self.plugged = true;
+                    exports.set_plugged(true);
+                    tell(reply, true);
                 }
                 Next::Event(Event::Request(request)) => self.request(request),
                 Next::Due => self.device.handle_deadline(now),
@@ -380,6 +461,7 @@ impl Reader {
         client: &mut Option<(u64, Urbs)>,
         connections: &mut Connections,
         exports: &Exports,
+        lines: &LogBudget<Line>,
     ) {
         while let Some((id, urbs)) = client {
             let id = *id;
@@ -389,15 +471,19 @@ impl Reader {
                 moved = true;
                 match output {
                     urbs::Output::Send(bytes) => connections.send(id, bytes),
-                    urbs::Output::Notice(notice) => tracing::info!("{notice}"),
+                    urbs::Output::Notice(notice) => {
+                        lines.tell(Line::Notice, |end| tracing::info!("{notice}{end}"));
+                    }
                     urbs::Output::Close(reason) => {
-                        tracing::info!("connection closed: {reason}");
+                        lines.tell(Line::Closed, |end| tracing::info!("connection closed: {reason}{end}"));
                         closed = true;
                     }
                 }
             }
             if !closed && connections.overrun().is_some() {
-                tracing::warn!("connection closed: the USB/IP client does not read");
+                lines.tell(Line::Closed, |end| {
+                    tracing::warn!("connection closed: the USB/IP client does not read{end}");
+                });
                 urbs.handle(urbs::Input::Gone, &mut self.device, Instant::now());
                 closed = true;
             }
@@ -462,7 +548,8 @@ impl Reader {
     fn request(&mut self, request: Request) {
         match request {
             Request::Query(reply) => {
-                let _ = reply.send(Status { attached: self.attached, cards: self.present.clone() });
+                let (plugged, attached, cards) = (self.plugged, self.attached, self.present.clone());
+                let _ = reply.send(Status { plugged, attached, cards });
             }
             Request::Eject(slot, ejected, reply) => {
                 // The slot's task answers; without one the reply is dropped.
@@ -471,8 +558,8 @@ impl Reader {
                 }
             }
             // A carrier's.
-            Request::Detach(reply) => tell(reply, false),
-            Request::Unplug(reply) => tell(reply, ()),
+            Request::Detach(reply) | Request::Unplug(reply) | Request::Plug(reply) => tell(reply, false),
+            Request::End(reply) => tell(reply, ()),
         }
     }
 }
@@ -480,6 +567,21 @@ impl Reader {
 /// Whoever asked may have given up.
 fn tell<T>(asked: oneshot::Sender<T>, answer: T) {
     let _ = asked.send(answer);
+}
+
+/// What a reader is to usbredir.
+struct Link {
+    session: Session,
+    connections: Connections,
+    /// Who waits until the guest's side has let go of the device, and what is told then.
+    unplugging: Vec<(oneshot::Sender<bool>, bool)>,
+    lines: LogBudget<Told>,
+}
+
+impl Link {
+    fn new(session: Session) -> Self {
+        Self { session, connections: Connections::new(), unplugging: Vec::new(), lines: LogBudget::new() }
+    }
 }
 
 /// Whether the USB/IP client that has the device is to be asked if it is there. Each time leaves a line in its kernel's
@@ -535,7 +637,10 @@ impl Alarm {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use std::path::{Path, PathBuf};
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::UnixStream;
     use vscard_protocol::Secret;
     use vscard_protocol::chardev::Plaintext;
@@ -550,28 +655,75 @@ mod tests {
         let mut channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.expect("a channel");
         let (news, mut told) = mpsc::unbounded_channel();
         let mut reader = Reader::new(DeviceConfig::new("test"), Vec::new(), news).expect("a reader");
-        let (mut session, mut connections) = (Session::new(), Connections::new());
+        let mut link = Link::new(Session::new());
         for _ in 0..2 {
             let (vmm, stream) = tokio::join!(UnixStream::connect(&path), channel.stream());
-            let id = connections.add(stream.expect("a stream"), oneshot::channel().0);
-            // Hello, without any capability.
-            let hello = [0, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect::<Vec<_>>();
+            let id = link.connections.add(stream.expect("a stream"), oneshot::channel().0);
             for input in [
                 usbredir::Input::Connected(ConnectionId(id)),
-                usbredir::Input::Received(ConnectionId(id), &hello),
+                usbredir::Input::Received(ConnectionId(id), &hello()),
             ] {
-                session.handle(input, &mut reader.device, Instant::now());
+                link.session.handle(input, &mut reader.device, Instant::now());
             }
-            reader.carry_usbredir(&mut session, &mut connections);
-            reader.tell_attached(session.is_attached());
+            reader.carry_usbredir(&mut link);
+            reader.tell_attached(link.session.is_attached());
             assert_eq!(told.recv().await, Some(ReaderEvent::Attached));
-            connections.send(id, Secret::from(&vec![0; 16 << 20][..]));
-            reader.carry_usbredir(&mut session, &mut connections);
-            reader.tell_attached(session.is_attached());
+            link.connections.send(id, Secret::from(&vec![0; 16 << 20][..]));
+            reader.carry_usbredir(&mut link);
+            reader.tell_attached(link.session.is_attached());
             assert_eq!(told.try_recv(), Ok(ReaderEvent::Detached));
             let mut unread = Vec::new();
             assert!(vmm.expect("a connection").read_to_end(&mut unread).await.is_ok());
         }
+    }
+
+    /// Hello, without any capability.
+    fn hello() -> Vec<u8> {
+        [0, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect()
+    }
+
+    /// A reader that guests may take along, and where it listens.
+    async fn migrating(directory: &tempfile::TempDir) -> PathBuf {
+        let path = directory.path().join("reader");
+        let endpoint = format!("unix-listen:{}", path.display()).parse().expect("an endpoint");
+        let channel = Channel::open(endpoint, Plaintext::LoopbackOnly).await.expect("a channel");
+        let (news, _) = mpsc::unbounded_channel();
+        let reader = Reader::new(DeviceConfig::new("test"), Vec::new(), news).expect("a reader");
+        tokio::spawn(reader.run(Carrier::Usbredir { channel, migrate: true }));
+        path
+    }
+
+    /// Sends get_configuration, and reads its answer, if there is one.
+    async fn goes_on(path: &Path) -> Option<[u8; 14]> {
+        let mut vmm = UnixStream::connect(path).await.expect("a connection");
+        let request: Vec<u8> = [7_u32, 0, 5].into_iter().flat_map(u32::to_le_bytes).collect();
+        vmm.write_all(&request).await.expect("a reader");
+        let mut answer = [0; 14];
+        vmm.read_exact(&mut answer).await.ok().map(|_| answer)
+    }
+
+    #[tokio::test]
+    async fn a_guest_goes_on_elsewhere_only_when_its_vmm_reads_no_more() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = migrating(&directory).await;
+        let mut vmm = UnixStream::connect(&path).await.expect("a connection");
+        vmm.write_all(&hello()).await.expect("a reader");
+        let mut got = vec![0; 4096];
+        vmm.read_exact(&mut got[..80]).await.expect("its hello");
+        for _ in 0..3 {
+            let (theft, ()) = tokio::join!(goes_on(&path), async {
+                // What others do is no more to this one than packets that it passes over.
+                while let Ok(Ok(count)) =
+                    tokio::time::timeout(Duration::from_millis(300), vmm.read(&mut got)).await
+                {
+                    assert!(count > 0, "closed");
+                }
+            });
+            assert_eq!(theft, None, "the session was taken over");
+        }
+        let answer = goes_on(&path).await.expect("an answer");
+        assert_eq!(answer, [8, 0, 0, 0, 2, 0, 0, 0, 5, 0, 0, 0, 0, 0]);
+        assert!(vmm.read_to_end(&mut got).await.is_ok(), "closed");
     }
 
     #[test]

@@ -1,19 +1,22 @@
 //! The USB/IP server: one endpoint, any number of readers.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{Semaphore, mpsc, watch};
-use vscard_protocol::Secret;
-use vscard_protocol::chardev::{Channel, ChannelError, Stream};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use vscard_protocol::chardev::{Channel, ChannelError, Place, Places, Stream};
+use vscard_protocol::{LogBudget, Secret};
 
 use crate::Topology;
-use crate::usbip::management::Output;
+use crate::usbip::management::{CloseReason, Output};
 use crate::usbip::{Export, Management, Urbs};
 
-/// Clients that may be choosing at a time; more wait in the backlog.
+/// Clients that may be choosing at a time. Whoever asks for nothing gives way to one that comes.
 const MOST_CHOOSING: usize = 16;
+/// For a client to take its answer.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
 /// What a reader hears from its server.
 pub(super) enum Order {
     /// A client has it. These bytes have come after its request.
@@ -27,6 +30,8 @@ struct Server {
     exports: Mutex<Vec<Export>>,
     /// Changes when one of them becomes free.
     freed: watch::Sender<()>,
+    /// That a device is wanted which another client has.
+    refusals: LogBudget<()>,
 }
 
 impl Server {
@@ -56,7 +61,8 @@ impl Exports {
         let exports = devices.into_iter().zip(1..).map(|(topology, number)| Export::new(number, topology));
         let exports = exports.collect::<Vec<_>>();
         let count = exports.len();
-        let server = Arc::new(Server { exports: Mutex::new(exports), freed: watch::Sender::new(()) });
+        let (exports, freed) = (Mutex::new(exports), watch::Sender::new(()));
+        let server = Arc::new(Server { exports, freed, refusals: LogBudget::new() });
         let mut places = Vec::new();
         let mut senders = Vec::new();
         for index in 0..count {
@@ -83,6 +89,10 @@ impl Exports {
     pub(super) fn set_free(&self) {
         self.server.set_free(self.index);
     }
+
+    pub(super) fn set_plugged(&self, plugged: bool) {
+        self.server.lock()[self.index].set_plugged(plugged);
+    }
 }
 
 async fn accept(
@@ -90,20 +100,17 @@ async fn accept(
     server: Arc<Server>,
     senders: Vec<mpsc::Sender<Order>>,
 ) -> Result<(), ChannelError> {
-    let places = Arc::new(Semaphore::new(MOST_CHOOSING));
+    let mut places = Places::new(MOST_CHOOSING);
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
         let stream = channel.stream().await?;
+        let place = places.take().await;
         let (server, senders) = (server.clone(), senders.clone());
-        tokio::spawn(async move {
-            choose(stream, &server, &senders).await;
-            drop(place);
-        });
+        tokio::spawn(async move { choose(stream, place, &server, &senders).await });
     }
 }
 
 /// Until the client has a device, or its list, or a refusal.
-async fn choose(mut stream: Stream, server: &Server, senders: &[mpsc::Sender<Order>]) {
+async fn choose(mut stream: Stream, place: Place, server: &Server, senders: &[mpsc::Sender<Order>]) {
     let mut management = Management::new(Instant::now());
     let mut freed = server.freed.subscribe();
     let mut buffer = vec![0; 1024];
@@ -120,6 +127,8 @@ async fn choose(mut stream: Stream, server: &Server, senders: &[mpsc::Sender<Ord
                 management.handle_deadline(Instant::now());
                 0
             }
+            // Nothing has been given to it, and nothing is owed.
+            () = place.lost() => return,
         };
         let mut rest = &buffer[..count];
         let mut chosen = None;
@@ -137,16 +146,26 @@ async fn choose(mut stream: Stream, server: &Server, senders: &[mpsc::Sender<Ord
             }
         }
         early.extend(rest);
+        if management.is_waiting() {
+            place.heard();
+        }
         let mut unsent = false;
         let mut closed = false;
         for output in outputs {
             match output {
-                Output::Send(bytes) => unsent |= stream.write_all(&bytes).await.is_err(),
+                Output::Send(bytes) => {
+                    unsent |= !matches!(timeout(ANSWER_WAIT, stream.write_all(&bytes)).await, Ok(Ok(())));
+                }
                 Output::Import(_) => {}
                 // A reader that has no time for it has an order already: another such one, or a client.
                 Output::Ask(index) => drop(senders[index].try_send(Order::Ask)),
                 Output::Close(reason) => {
-                    tracing::debug!("USB/IP client: {reason}");
+                    match reason {
+                        CloseReason::Busy(_) => server.refusals.tell((), |end| {
+                            tracing::warn!("USB/IP client refused: {reason}{end}");
+                        }),
+                        _ => tracing::debug!("USB/IP client: {reason}"),
+                    }
                     closed = true;
                 }
             }

@@ -39,12 +39,13 @@ pub struct Export {
     number: u16,
     topology: Topology,
     imported: bool,
+    plugged: bool,
 }
 
 impl Export {
     /// A device with the bus id `1-<number>`. No two exports of a server may have the same number.
     pub fn new(number: u16, topology: Topology) -> Self {
-        Self { number, topology, imported: false }
+        Self { number, topology, imported: false, plugged: true }
     }
 
     /// What clients ask for: `usbip attach -r HOST -b 1-1`.
@@ -55,6 +56,11 @@ impl Export {
     /// Says whether a client has it; no other client can see or import it meanwhile.
     pub fn set_imported(&mut self, imported: bool) {
         self.imported = imported;
+    }
+
+    /// Says whether it is plugged in, as it is from the start; otherwise no client can see or import it.
+    pub fn set_plugged(&mut self, plugged: bool) {
+        self.plugged = plugged;
     }
 
     /// What transfers to the device carry: bus and device number.
@@ -124,6 +130,9 @@ pub enum CloseReason {
     /// The client wants a device that another one has.
     #[error("device {0} is in use by another client")]
     Busy(String),
+    /// The client wants a device that is not plugged in.
+    #[error("device {0} is unplugged")]
+    Unplugged(String),
     /// The client wants a device that does not exist.
     #[error("there is no device {0:?}")]
     NoSuchDevice(String),
@@ -215,7 +224,7 @@ impl Management {
 
     fn list(&mut self, exports: &[Export]) {
         // As the kernel's usbipd does: what is imported cannot be had, and is no other client's concern.
-        let free = || exports.iter().filter(|export| !export.imported);
+        let free = || exports.iter().filter(|export| export.plugged && !export.imported);
         let mut reply = common(REQ_DEVLIST, OK);
         reply.extend_from_slice(&(free().count() as u32).to_be_bytes());
         for export in free() {
@@ -239,6 +248,9 @@ impl Management {
         let wanted = self.wanted();
         match exports.iter().enumerate().find(|(_, export)| export.busid() == wanted) {
             None => self.refuse(REQ_IMPORT, NO_DEVICE, CloseReason::NoSuchDevice(wanted)),
+            Some((_, export)) if !export.plugged => {
+                self.refuse(REQ_IMPORT, NOT_AVAILABLE, CloseReason::Unplugged(wanted));
+            }
             Some((_, export)) if export.imported && self.waiting => {}
             Some((index, export)) if export.imported => {
                 self.waiting = true;

@@ -5,17 +5,16 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vscard_protocol::Secret;
-use zeroize::Zeroizing;
 
 use super::codec::{
     Caps, Control, DecodeError, Decoder, DeviceConnect, EpInfo, EpPlace, InterfaceInfo, PacketType, Reply,
     Request, RequestBody, Status, Transfer, encode,
 };
 use super::endpoint::{BulkIn, InterruptIn, MOST_PENDING, Pending};
+use super::waiting::{First, MOST_HELD, MOST_WAITING, Said, Waiting};
+use crate::usbip::management::GONE_WAIT;
 use crate::{ControlOutcome, Device, EndpointKind, InOutcome, Setup, Speed, Topology, TransferOutcome};
 
-/// Connections at a time: the one in use and one that has not said anything yet.
-const MOST_CONNECTIONS: usize = 2;
 /// Bytes that may wait in [`Session::poll_output`]. A peer that does not read what it asked for is left.
 const MOST_OUTPUT: usize = 4 << 20;
 /// Things told about one session's nonsense.
@@ -27,8 +26,12 @@ const MOST_UNREAD_BYTES: usize = 512 * 1024;
 /// Notifications sent to one endpoint at a time.
 const MOST_NOTIFICATIONS: usize = 16;
 
-/// How long a guest whose connection is gone is waited for: it may be migrating, or its VMM may be dead.
-const LOST_FOR: Duration = Duration::from_secs(30);
+/// A VMM that has read nothing for so long does not run its VM: one that does reads at once.
+const STOPPED_FOR: Duration = Duration::from_millis(100);
+/// How long a VMM may take to acknowledge that the device is gone.
+const ACKNOWLEDGED_WITHIN: Duration = Duration::from_secs(1);
+/// An address that is never an interrupt endpoint of ours, so that QEMU passes over what is said of it.
+const NO_ENDPOINT: u8 = 0x83;
 
 /// Names a connection; chosen by the caller, never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,8 +44,10 @@ pub enum Input<'a> {
     Connected(ConnectionId),
     /// Bytes from the peer, 64 KiB at most; the output is to be written before the next are read.
     Received(ConnectionId, &'a [u8]),
-    /// The connection is gone. The session stays, for one that may continue it.
+    /// The connection is gone.
     Lost(ConnectionId),
+    /// The peer has read since [`Output::Fill`], or there was no filling its connection.
+    Reads(ConnectionId),
     /// The device may have something for the guest.
     DeviceReady,
 }
@@ -52,6 +57,9 @@ pub enum Input<'a> {
 pub enum Output {
     /// Write these bytes, in one piece.
     Send(ConnectionId, Secret),
+    /// Write these bytes, which a VMM passes over, again and again until the connection takes no more; then tell, with
+    /// [`Input::Reads`], as soon as it takes more. Only a session that [may migrate](Session::migrating) wants this.
+    Fill(ConnectionId, Secret),
     /// Write what is to be written, then close the connection. Nothing comes for it after this.
     Close(ConnectionId, CloseReason),
     /// Tell the user.
@@ -73,12 +81,12 @@ pub enum Notice {
     /// The guest came over from another connection.
     #[error("the guest has migrated here and goes on")]
     Continued,
-    /// The connection in use is gone.
+    /// The connection in use is gone, and with it the session.
     #[error("connection lost")]
     Lost,
-    /// Nobody has continued the session; its card sessions are over.
-    #[error("the guest has not come back; its card sessions end")]
-    GivenUp,
+    /// The connection in use is gone; the session stays for one that was there already.
+    #[error("connection lost; the session is kept for the connection that waits")]
+    Kept,
     /// The guest's side does not take the device.
     #[error("the VMM refused the reader: a filter, or a controller of another speed")]
     Rejected,
@@ -116,21 +124,30 @@ pub enum Notice {
 /// Why a connection is closed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum CloseReason {
-    /// One is in use, another waits for its first packet.
-    #[error("the reader has two connections already")]
-    TooMany,
-    /// The first packet is no hello, and there is no session to continue.
+    /// It has said nothing for longer than the others that wait.
+    #[error("it has said nothing, and another one came")]
+    Silent,
+    /// It said too much before there was a session for it.
+    #[error("more than {MOST_HELD} bytes without waiting for an answer")]
+    TooMuch,
+    /// The first packet is no hello, and there is no session that it could continue.
     #[error("the first packet is no usbredir hello, and there is no session that it could continue")]
     NotHello,
+    /// Another VMM has the reader.
+    #[error("another VMM has the reader")]
+    InUse,
+    /// It would continue the session of a guest that still runs elsewhere.
+    #[error("the VMM that has the reader still runs its guest")]
+    StillRuns,
     /// A second hello.
     #[error("a second hello in one connection")]
     SecondHello,
-    /// Another connection said hello.
-    #[error("replaced by a new connection")]
-    Replaced,
     /// Another connection continues the session.
     #[error("the guest has migrated")]
     Migrated,
+    /// The VMM does not acknowledge that the device is gone.
+    #[error("the VMM does not acknowledge the unplugging; its virtual machine may be paused")]
+    NotAcknowledged,
     /// The stream cannot be followed.
     #[error("cannot follow the VMM: {0}")]
     Decode(DecodeError),
@@ -139,7 +156,7 @@ pub enum CloseReason {
     NotRead,
 }
 
-/// One device's side of usbredir: a session with a guest, and up to two connections.
+/// One device's side of usbredir: a session with a guest on one connection, and connections that wait.
 ///
 /// The shell passes connections' events in, and does what [`poll_output`](Self::poll_output) says after each call.
 ///
@@ -167,22 +184,18 @@ pub struct Session {
     output: VecDeque<Output>,
     /// Bytes in `output`.
     output_bytes: usize,
-    /// Connections that have not sent enough to be judged.
+    /// Whether a guest may take its session along to another connection.
+    migrate: bool,
+    /// Connections that have no session, oldest first.
     waiting: Vec<Waiting>,
     active: Option<ConnectionId>,
-    /// What the guest's side and we have agreed on. It outlives the connection.
+    /// The one in use was sent what makes the network tell if its machine is gone, and has said nothing since.
+    asked: bool,
+    /// The one in use was filled, and has not been read since.
+    filled: bool,
+    /// What the guest's side and we have agreed on. It outlives its connection only while an heir waits.
     guest: Option<Guest>,
     plugged: bool,
-    /// By when a guest that has the device, but no connection, must be back. A connection that says nothing is
-    /// nobody's: it may be a VMM's that keeps a dead one's place.
-    lost_by: Option<Instant>,
-}
-
-/// A connection whose first packet has not come.
-struct Waiting {
-    connection: ConnectionId,
-    /// Its first bytes.
-    prefix: Zeroizing<Vec<u8>>,
 }
 
 /// Whether a device is attached to the guest.
@@ -190,10 +203,8 @@ struct Waiting {
 enum Attachment {
     None,
     Attached,
-    /// Attached as far as the guest's side knows, which could not be told yet.
-    Gone,
-    /// The guest's side has been told and has not acknowledged.
-    Leaving,
+    /// The guest's side has been told, and is to acknowledge, by then if it had the device.
+    Leaving(Option<Instant>),
     /// Refused; another attempt would end the same way.
     Rejected,
 }
@@ -270,50 +281,6 @@ impl Unread {
     }
 }
 
-/// What the first bytes of a connection are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum First {
-    /// More are needed.
-    Unknown,
-    /// A new session.
-    Hello,
-    /// Something of a session that goes on.
-    Packet,
-    /// Nothing.
-    Garbage,
-}
-
-impl First {
-    /// Bytes that are always enough.
-    const ENOUGH: usize = 8;
-
-    /// At the beginning of a packet.
-    fn judge(prefix: &[u8]) -> Self {
-        match prefix.first_chunk().copied().map(u32::from_le_bytes) {
-            None => Self::Unknown,
-            Some(0) => Self::Hello,
-            // All types there are.
-            Some(1..=27 | 100..=104) => Self::Packet,
-            Some(_) => Self::Garbage,
-        }
-    }
-
-    /// When the last connection broke off within a packet, which may go on here. Decided as early as possible:
-    /// after the rest of the packet there may be silence.
-    fn judge_rest(prefix: &[u8]) -> Self {
-        // Type 0; a length of 64 and up to seven words.
-        let is_hello = |(index, byte): (usize, &u8)| match index {
-            4 => (64..96).contains(byte) && byte % 4 == 0,
-            _ => *byte == 0,
-        };
-        match prefix.len() {
-            _ if !prefix.iter().enumerate().all(is_hello) => Self::Packet,
-            Self::ENOUGH.. => Self::Hello,
-            _ => Self::Unknown,
-        }
-    }
-}
-
 impl Default for Session {
     fn default() -> Self {
         Self::new()
@@ -321,17 +288,28 @@ impl Default for Session {
 }
 
 impl Session {
-    /// A session without a guest and without a connection, with its device plugged in.
+    /// A session without a guest and without a connection, with its device plugged in. It ends with its connection.
     pub fn new() -> Self {
         Self {
             output: VecDeque::new(),
             output_bytes: 0,
+            migrate: false,
             waiting: Vec::new(),
             active: None,
+            asked: false,
+            filled: false,
             guest: None,
             plugged: true,
-            lost_by: None,
         }
+    }
+
+    /// A session that goes on where the guest goes: on a connection that waited in silence until the one in use ended,
+    /// or until its peer did not read any more, which is what a VMM does whose VM has stopped.
+    ///
+    /// Whoever can connect can so go on with the session of a VM that is paused. This is for connections whose peers
+    /// are known, and where [`Output::Fill`] can be done.
+    pub fn migrating() -> Self {
+        Self { migrate: true, ..Self::new() }
     }
 
     /// Takes what happened at `now`.
@@ -339,21 +317,13 @@ impl Session {
         match input {
             Input::Connected(connection) => self.connected(connection),
             Input::Received(connection, bytes) => self.received(connection, bytes, device, now),
-            Input::Lost(connection) => {
-                self.waiting.retain(|waiting| waiting.connection != connection);
-                if self.active == Some(connection) {
-                    self.active = None;
-                    self.notice(Notice::Lost);
-                }
-            }
+            Input::Lost(connection) => self.lost(connection, device, now),
+            Input::Reads(connection) => self.reads(connection),
             Input::DeviceReady => {}
         }
+        self.admit(device, now);
         self.serve(device, now);
         self.check_output(device, now);
-        self.lost_by = match self.is_attached() && self.active.is_none() {
-            true => self.lost_by.or_else(|| Some(now + LOST_FOR)),
-            false => None,
-        };
     }
 
     /// The next thing to do, if any.
@@ -368,56 +338,85 @@ impl Session {
     /// When [`handle_deadline`](Self::handle_deadline) is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
         let endpoints = self.guest.iter().flat_map(|guest| &guest.bulk_in);
-        endpoints.filter_map(BulkIn::next_deadline).chain(self.lost_by).min()
+        let waiting = self.waiting.iter().filter_map(Waiting::deadline);
+        endpoints.filter_map(BulkIn::next_deadline).chain(waiting).chain(self.leaving_until()).min()
     }
 
-    /// Does what is due at `now`: old answers are wiped, and a guest that has been without a connection for 30
-    /// seconds loses the device, so that its card sessions end. Should it come back, the device is plugged in anew.
+    /// Does what is due at `now`: old answers are wiped, who waited for long enough is refused or goes on, and who does
+    /// not acknowledge that the device is gone is left.
     pub fn handle_deadline(&mut self, device: &mut Device, now: Instant) {
         for endpoint in self.guest.iter_mut().flat_map(|guest| &mut guest.bulk_in) {
             endpoint.expire(now);
         }
-        if self.lost_by.take_if(|at| *at <= now).is_some() {
-            self.notice(Notice::GivenUp);
-            self.unplug(device, now);
-            self.plug();
+        if self.leaving_until().is_some_and(|until| until <= now) {
+            self.abandon(CloseReason::NotAcknowledged, device, now);
         }
+        while let Some(index) = self.waiting.iter().position(|it| it.deadline().is_some_and(|by| by <= now)) {
+            match self.waiting.get(index).map(|waiting| waiting.said) {
+                // Nothing of what fills the other connection has been read.
+                Some(Said::Packet(_)) if self.filled => self.go_on(index, device, now),
+                _ => {
+                    let waiting = self.waiting.remove(index);
+                    self.close(waiting.connection, CloseReason::InUse);
+                }
+            }
+        }
+        self.admit(device, now);
+        self.serve(device, now);
     }
 
-    /// Whether a guest has the device, as far as is known. While the connection is lost it may still have.
+    /// Whether a guest has the device, as far as is known.
     pub fn is_attached(&self) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::Attached)
     }
 
-    /// Takes the device out of the guest, and resets it. The connection stays, for [`plug`](Self::plug).
+    /// Whether a guest had the device, and its side has not acknowledged that it is gone.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving_until().is_some()
+    }
+
+    /// Whether the device is [plugged in](Self::plug), be there a guest or not.
+    pub fn is_plugged(&self) -> bool {
+        self.plugged
+    }
+
+    /// Takes the device out of the guest, and resets it. The connection stays, for [`plug`](Self::plug), if the guest's
+    /// side acknowledges within a second.
     pub fn unplug(&mut self, device: &mut Device, now: Instant) {
         self.plugged = false;
-        self.lost_by = None;
         device.reset(now);
-        if let Some(guest) = &mut self.guest {
-            if self.active.is_none() {
-                // The card sessions that these answers are of have ended: nobody is to get them now.
-                guest.unread = Unread::default();
-                guest.bulk_in.iter_mut().for_each(BulkIn::forget_answers);
-            }
-            match guest.attachment {
-                Attachment::Attached => guest.attachment = Attachment::Gone,
-                Attachment::Rejected => guest.attachment = Attachment::None,
-                Attachment::None | Attachment::Gone | Attachment::Leaving => {}
-            }
+        let Some(guest) = &mut self.guest else { return };
+        if self.active.is_none() {
+            // Its card sessions have ended: nothing is left to go on with.
+            return self.end();
         }
-        self.settle_attachment();
+        match guest.attachment {
+            Attachment::Attached => {
+                self.forget_transfers();
+                self.disconnect(Some(now + ACKNOWLEDGED_WITHIN));
+            }
+            Attachment::Rejected => guest.attachment = Attachment::None,
+            Attachment::None | Attachment::Leaving(_) => {}
+        }
     }
 
     /// Puts the device into the guest, at once or as soon as there is one that has seen it go.
     pub fn plug(&mut self) {
+        let none = self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::None);
+        if !self.plugged && none {
+            // Once more: a VM that was put back to a snapshot meanwhile has the device again, as far as it knows.
+            self.disconnect(None);
+        }
         self.plugged = true;
         self.settle_attachment();
     }
 
-    #[cfg(test)]
-    pub(super) fn is_plugged(&self) -> bool {
-        self.plugged
+    /// Tells the guest's side that the device is gone, and waits for its word, if it gives one.
+    fn disconnect(&mut self, until: Option<Instant>) {
+        let Some(guest) = &mut self.guest else { return };
+        let acknowledges = guest.caps.is_some_and(|caps| caps.has(Caps::DISCONNECT_ACK));
+        guest.attachment = if acknowledges { Attachment::Leaving(until) } else { Attachment::None };
+        self.send_as(0, &Reply::DeviceDisconnect);
     }
 
     /// Number and bytes of the answers kept for each endpoint.
@@ -429,14 +428,24 @@ impl Session {
     // ---- connections ------------------------------------------------------------------------------------
 
     fn connected(&mut self, connection: ConnectionId) {
-        if self.waiting.len() + usize::from(self.active.is_some()) >= MOST_CONNECTIONS {
-            return self.close(connection, CloseReason::TooMany);
+        if self.waiting.len() >= MOST_WAITING {
+            // Who has said something waits for little longer; who has not can come again. Those that a session is
+            // kept for are the last to go.
+            let goes = self.waiting.iter().enumerate();
+            let goes = goes.min_by_key(|(_, waiting)| (waiting.heir, waiting.said != Said::Nothing));
+            if let Some(index) = goes.map(|(index, _)| index) {
+                let waiting = self.waiting.remove(index);
+                let silent = waiting.said == Said::Nothing;
+                let reason = if silent { CloseReason::Silent } else { CloseReason::InUse };
+                self.close(waiting.connection, reason);
+            }
         }
-        self.waiting.push(Waiting { connection, prefix: Zeroizing::new(Vec::with_capacity(First::ENOUGH)) });
+        self.waiting.push(Waiting::new(connection));
     }
 
     fn received(&mut self, connection: ConnectionId, bytes: &[u8], device: &mut Device, now: Instant) {
         if self.active == Some(connection) {
+            self.asked = false;
             if let Some(guest) = &mut self.guest {
                 // Whoever writes has read, or will.
                 guest.unread = Unread::default();
@@ -446,46 +455,141 @@ impl Session {
         let Some(index) = self.waiting.iter().position(|waiting| waiting.connection == connection) else {
             return;
         };
+        let going_on = self.going_on();
+        let goes_on_elsewhere = self.waiting.iter().any(|waiting| matches!(waiting.said, Said::Packet(_)));
+        let kept_for_others = self.active.is_none();
         let Some(waiting) = self.waiting.get_mut(index) else { return };
-        let missing = First::ENOUGH - waiting.prefix.len();
-        let (prefix, rest) = bytes.split_at(missing.min(bytes.len()));
-        waiting.prefix.extend_from_slice(prefix);
-        let old = self.guest.as_mut().filter(|guest| guest.caps.is_some());
-        let first = match &old {
-            Some(guest) if guest.decoder.in_packet() => First::judge_rest(&waiting.prefix),
-            _ => First::judge(&waiting.prefix),
+        waiting.held.extend(bytes);
+        let reason = match (waiting.said, First::judge(waiting.held.expose(), going_on)) {
+            _ if waiting.held.len() > MOST_HELD => Some(CloseReason::TooMuch),
+            (Said::Nothing, First::Unknown) | (Said::Hello(_) | Said::Packet(_), _) => None,
+            (Said::Nothing, First::Hello) => {
+                waiting.said = Said::Hello(now + GONE_WAIT);
+                waiting.heir = false;
+                None
+            }
+            (Said::Nothing, First::Packet) if kept_for_others && !waiting.heir => Some(CloseReason::NotHello),
+            (Said::Nothing, First::Packet) if goes_on_elsewhere => Some(CloseReason::StillRuns),
+            (Said::Nothing, First::Packet) => {
+                waiting.said = Said::Packet(now + STOPPED_FOR);
+                None
+            }
+            (Said::Nothing, First::Other) => Some(CloseReason::NotHello),
         };
-        if first == First::Unknown {
+        if let Some(reason) = reason {
+            self.waiting.remove(index);
+            self.close(connection, reason);
+        }
+    }
+
+    fn lost(&mut self, connection: ConnectionId, device: &mut Device, now: Instant) {
+        self.waiting.retain(|waiting| waiting.connection != connection);
+        if self.active != Some(connection) {
             return;
         }
-        let mut unread = Unread::default();
-        let reason = match (first, old) {
-            (First::Hello, _) => CloseReason::Replaced,
-            (First::Packet, Some(guest)) => {
-                unread = std::mem::take(&mut guest.unread);
-                CloseReason::Migrated
-            }
-            _ => {
-                self.waiting.remove(index);
-                return self.close(connection, CloseReason::NotHello);
-            }
-        };
-        let prefix = self.waiting.remove(index).prefix;
-        self.leave(reason);
-        self.active = Some(connection);
-        if first == First::Hello {
-            device.reset(now);
-            self.guest = Some(Guest::new(device.topology()));
-        } else {
-            self.notice(Notice::Continued);
+        self.active = None;
+        for waiting in &mut self.waiting {
+            waiting.heir = self.migrate && !matches!(waiting.said, Said::Hello(_));
         }
-        self.packets(&prefix, &mut unread, device, now);
-        self.packets(rest, &mut unread, device, now);
+        if self.has_heir() {
+            self.notice(Notice::Kept);
+        } else {
+            self.notice(Notice::Lost);
+            self.end();
+            device.reset(now);
+        }
+    }
+
+    /// Its VM runs: nobody goes on with its session.
+    fn reads(&mut self, connection: ConnectionId) {
+        if self.active != Some(connection) {
+            return;
+        }
+        self.filled = false;
+        let (refused, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition::<Vec<_>, _>(|waiting| matches!(waiting.said, Said::Packet(_)));
+        self.waiting = waiting;
+        for waiting in refused {
+            self.close(waiting.connection, CloseReason::StillRuns);
+        }
+    }
+
+    /// Whether there is a session to go on with, and then whether it broke off within a packet.
+    fn going_on(&self) -> Option<bool> {
+        let guest = self.guest.as_ref().filter(|guest| self.migrate && guest.caps.is_some());
+        guest.map(|guest| guest.decoder.in_packet())
+    }
+
+    fn has_heir(&self) -> bool {
+        self.guest.is_some() && self.waiting.iter().any(|waiting| waiting.heir)
+    }
+
+    /// Lets in who may come in now, and ends a session that nobody is left for.
+    fn admit(&mut self, device: &mut Device, now: Instant) {
+        if let Some(active) = self.active {
+            if !self.filled && self.waiting.iter().any(|waiting| matches!(waiting.said, Said::Packet(_))) {
+                self.filled = true;
+                self.output.extend(self.nothing().map(|packet| Output::Fill(active, packet)));
+            }
+            if !self.asked && self.waiting.iter().any(|waiting| matches!(waiting.said, Said::Hello(_))) {
+                self.asked = true;
+                if let Some(packet) = self.nothing() {
+                    self.send_bytes(None, packet, false);
+                }
+            }
+            return;
+        }
+        if let Some(index) = self.waiting.iter().position(|waiting| matches!(waiting.said, Said::Packet(_))) {
+            return self.go_on(index, device, now);
+        }
+        if self.guest.is_some() && !self.has_heir() {
+            self.notice(Notice::Lost);
+            self.end();
+            device.reset(now);
+        }
+        let first = self.waiting.iter().position(|waiting| matches!(waiting.said, Said::Hello(_)));
+        if let (None, Some(index)) = (&self.guest, first) {
+            let Waiting { connection, held, .. } = self.waiting.remove(index);
+            device.reset(now);
+            self.use_connection(connection);
+            self.guest = Some(Guest::new(device.topology()));
+            self.packets(held.expose(), &mut Unread::default(), device, now);
+        }
+    }
+
+    /// The session goes on over another connection.
+    fn go_on(&mut self, index: usize, device: &mut Device, now: Instant) {
+        let Waiting { connection, held, .. } = self.waiting.remove(index);
+        // Judged again: meanwhile more may have come from the one before.
+        if First::judge(held.expose(), self.going_on()) != First::Packet {
+            return self.close(connection, CloseReason::NotHello);
+        }
+        let mut unread =
+            self.guest.as_mut().map(|guest| std::mem::take(&mut guest.unread)).unwrap_or_default();
+        self.leave(CloseReason::Migrated);
+        self.waiting.iter_mut().for_each(|waiting| waiting.heir = false);
+        self.use_connection(connection);
+        self.notice(Notice::Continued);
+        self.packets(held.expose(), &mut unread, device, now);
         // After its first packets: what they ask for anew must not be answered by what is repeated.
         for (request, packet) in unread.packets {
             self.send_bytes(request, packet, true);
         }
         self.settle_attachment();
+    }
+
+    /// A packet that a VMM passes over.
+    fn nothing(&self) -> Option<Secret> {
+        let caps = self.guest.as_ref()?.caps?;
+        let nothing = Reply::InterruptReceivingStatus { status: Status::SUCCESS, endpoint: NO_ENDPOINT };
+        Some(encode(0, &nothing, caps))
+    }
+
+    fn use_connection(&mut self, connection: ConnectionId) {
+        self.active = Some(connection);
+        self.asked = false;
+        self.filled = false;
     }
 
     /// Packets of the connection in use; `unread` is what will be repeated on it.
@@ -522,8 +626,21 @@ impl Session {
     /// Ends the session, and with it the connection in use: nothing can continue it.
     fn abandon(&mut self, reason: CloseReason, device: &mut Device, now: Instant) {
         self.leave(reason);
-        self.guest = None;
+        self.end();
         device.reset(now);
+    }
+
+    /// Forgets the guest and all that it was owed.
+    fn end(&mut self) {
+        self.guest = None;
+        self.waiting.iter_mut().for_each(|waiting| waiting.heir = false);
+    }
+
+    fn leaving_until(&self) -> Option<Instant> {
+        match self.guest.as_ref()?.attachment {
+            Attachment::Leaving(until) => until,
+            Attachment::None | Attachment::Attached | Attachment::Rejected => None,
+        }
     }
 
     fn close(&mut self, connection: ConnectionId, reason: CloseReason) {
@@ -538,18 +655,14 @@ impl Session {
 
     // ---- attaching --------------------------------------------------------------------------------------
 
-    /// Makes the guest's side know whether the device is plugged in, as far as is possible now.
+    /// Makes the guest's side know that the device is plugged in, if it is, as soon as that is possible.
     fn settle_attachment(&mut self) {
         let Some(guest) = &mut self.guest else { return };
-        let (Some(_), Some(caps)) = (self.active, guest.caps) else { return };
-        if guest.attachment == Attachment::Gone {
-            let acknowledged = caps.has(Caps::DISCONNECT_ACK);
-            guest.attachment = if acknowledged { Attachment::Leaving } else { Attachment::None };
-            self.forget_transfers();
-            self.send_as(0, &Reply::DeviceDisconnect);
-        }
-        let Some(guest) = &mut self.guest else { return };
-        if self.plugged && guest.attachment == Attachment::None {
+        if self.active.is_some()
+            && guest.caps.is_some()
+            && self.plugged
+            && guest.attachment == Attachment::None
+        {
             guest.attachment = Attachment::Attached;
             let topology = guest.topology.clone();
             self.describe();
@@ -633,7 +746,7 @@ impl Session {
             RequestBody::Hello { caps, version } => self.hello(caps, version),
             RequestBody::Filter => {}
             RequestBody::Other(kind) => self.tell(Notice::Unexpected(kind)),
-            RequestBody::DisconnectAck if guest.attachment == Attachment::Leaving => {
+            RequestBody::DisconnectAck if matches!(guest.attachment, Attachment::Leaving(_)) => {
                 guest.attachment = Attachment::None;
                 self.settle_attachment();
             }
@@ -969,7 +1082,7 @@ impl Session {
 
     fn send_bytes(&mut self, request: Option<u64>, packet: Secret, repeatable: bool) {
         let (Some(connection), Some(guest)) = (self.active, &mut self.guest) else { return };
-        if repeatable {
+        if repeatable && self.migrate {
             guest.unread.push(request, &packet);
         }
         self.output_bytes += packet.len();

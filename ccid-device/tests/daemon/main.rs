@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 #![forbid(unsafe_code)]
 
+mod log;
+mod peers;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -64,6 +67,13 @@ impl Daemon {
 
     fn status(&self) -> ExitStatus {
         self.ended.recv_timeout(NEVER).unwrap()
+    }
+
+    /// All its lines, when it has ended.
+    fn ended(self) -> Vec<String> {
+        self.terminate();
+        assert!(self.status().success());
+        self.lines.iter().collect()
     }
 }
 
@@ -193,6 +203,29 @@ fn clients_are_served_again_after_too_many_of_them() {
     let mut list = [0; 12];
     client.read_exact(&mut list).unwrap();
     assert_eq!(list, [1, 0x11, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
+}
+
+/// Nobody keeps a VMM out by connecting and saying nothing, or half a hello.
+#[test]
+fn silent_connections_keep_no_vmm_out() {
+    let place = Place::new();
+    let (daemon, _) = Daemon::start(place.daemon(&[]));
+    daemon.line("ready");
+    let connect = || UnixStream::connect(place.path("reader")).unwrap();
+    let silent: Vec<_> = (0..40).map(|_| connect()).collect();
+    let mut hesitant = connect();
+    hesitant.write_all(&[0, 0, 0, 0, 68]).unwrap();
+    daemon.line("connection closed: it has said nothing, and another one came");
+    let mut vmm = connect();
+    vmm.set_read_timeout(Some(NEVER)).unwrap();
+    // Hello, without any capability.
+    vmm.write_all(&[0_u32, 68, 0].into_iter().flat_map(u32::to_le_bytes).chain([0; 68]).collect::<Vec<_>>())
+        .unwrap();
+    let mut hello = [0; 80];
+    vmm.read_exact(&mut hello).unwrap();
+    assert_eq!(hello[..5], [0, 0, 0, 0, 68]);
+    daemon.line("a guest has it");
+    drop((silent, hesitant));
 }
 
 #[test]

@@ -1,10 +1,9 @@
 //! What blocks: PIN checks, private-key operations, what is written to the card.
 
 use std::fmt::Display;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
 
-use vscard_protocol::{LogLines, Secret, StatusWord};
+use vscard_protocol::{LogBudget, Secret, StatusWord};
 
 use crate::applet::piv;
 use crate::keys::writable::{Writable, WriteError};
@@ -75,19 +74,13 @@ pub(crate) enum KeyOperation {
 }
 
 /// What fails on a card, for the log. A guest can repeat the command as fast as it likes; the log is not to follow it.
-#[derive(Clone)]
-pub(crate) struct Complaints(Arc<Mutex<LogLines>>);
+/// What each complaint is about is its kind.
+#[derive(Clone, Default)]
+pub(crate) struct Complaints(Arc<LogBudget<&'static str>>);
 
 impl Complaints {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Mutex::new(LogLines::new(Instant::now()))))
-    }
-
-    pub(crate) fn warn(&self, what: &str, error: impl Display) {
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(end) = lines.next(Instant::now()) {
-            tracing::warn!(%error, "{what}{end}");
-        }
+    pub(crate) fn warn(&self, what: &'static str, error: impl Display) {
+        self.0.tell(what, |end| tracing::warn!(%error, "{what}{end}"));
     }
 
     /// The status word of an error.

@@ -66,7 +66,9 @@ impl Monitor {
             match choose(&self.shared.config.reader, readers) {
                 Some(reader) => {
                     self.complaint = None;
-                    tracing::info!("reader {}", reader.to_string_lossy());
+                    self.shared.lines.tell("reader", |end| {
+                        tracing::info!("reader {}{end}", reader.to_string_lossy());
+                    });
                     self.watch_reader(context, reader)?;
                     self.gone();
                 }
@@ -153,7 +155,7 @@ impl Monitor {
     /// Says so, once.
     fn complain(&mut self, complaint: String) {
         if self.complaint.as_ref() != Some(&complaint) {
-            tracing::warn!("{complaint}");
+            self.shared.lines.tell("no card", |end| tracing::warn!("{complaint}{end}"));
             self.complaint = Some(complaint);
         }
     }

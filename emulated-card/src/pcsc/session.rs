@@ -184,11 +184,11 @@ impl Actor {
                     match card.reconnect(self.mode(), Protocols::ANY, Disposition::LeaveCard) {
                         // The program that did it may be at work with the card.
                         Err(Error::SharingViolation) if self.shared.pause(self.session, TURN) => {}
-                        Err(error) => return lost(reply, error),
+                        Err(error) => return self.lost(reply, error),
                         Ok(()) => {}
                     }
                 }
-                Err((_, error)) => return lost(reply, error),
+                Err((_, error)) => return self.lost(reply, error),
             }
         };
         *won = Some(Instant::now());
@@ -203,7 +203,7 @@ impl Actor {
                 return After::Lost(Disposition::LeaveCard);
             }
             if !self.is_in(context) {
-                return lost(reply, Error::RemovedCard);
+                return self.lost(reply, Error::RemovedCard);
             }
             *protocol = transaction.status2_owned().ok().and_then(|status| status.protocol2());
             *used = true;
@@ -243,6 +243,14 @@ impl Actor {
             }
         }
     }
+
+    fn lost(&self, reply: oneshot::Sender<Answer>, error: Error) -> After {
+        self.shared.lines.tell("session", |end| {
+            tracing::info!("the guest's session with the card is over: {error}{end}");
+        });
+        let _ = reply.send(Err(CardError::Removed));
+        After::Lost(leaving(error))
+    }
 }
 
 /// Ends the session still within the transaction, so that nobody finds the guest's PIN verified.
@@ -269,12 +277,6 @@ fn limit(last: &Command, has_more: bool, next: &Command) -> Duration {
 /// A VERIFY without data asks how many tries are left (ISO/IEC 7816-4 §11.6.6).
 fn is_question(command: &Command) -> bool {
     command.ins() & 0xFE == ins::VERIFY && command.data().is_empty()
-}
-
-fn lost(reply: oneshot::Sender<Answer>, error: Error) -> After {
-    tracing::info!("the guest's session with the card is over: {error}");
-    let _ = reply.send(Err(CardError::Removed));
-    After::Lost(leaving(error))
 }
 
 /// How to leave a card after that error: without a PIN that the guest verified, unless it has lost its state anyway.

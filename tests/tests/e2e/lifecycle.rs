@@ -21,7 +21,7 @@ fn transmit(command: &[u8]) -> String {
     format!("guest-pcsc transmit {}", stack_tests::hex(command))
 }
 
-async fn works(guest: &Guest) -> Result<()> {
+pub(crate) async fn works(guest: &Guest) -> Result<()> {
     guest.ok("guest-pcsc wait-reader 30").await?;
     guest.ok("guest-pcsc wait-card present 30").await?;
     let said = guest.ok(&format!("guest-pcsc transmit {SELECT}")).await?.to_uppercase();
@@ -30,7 +30,7 @@ async fn works(guest: &Guest) -> Result<()> {
 }
 
 /// A program in the guest has the PIN verified and goes on using the card.
-async fn stay_verified(guest: &Guest) -> Result<()> {
+pub(crate) async fn stay_verified(guest: &Guest) -> Result<()> {
     let selects = format!(" {SELECT}").repeat(20_000);
     guest.put("/tmp/verify", format!("{}{selects}", transmit(&verify(PIN))).as_bytes()).await?;
     guest.ok("setsid sh /tmp/verify >/tmp/verified 2>&1 &").await?;
@@ -41,7 +41,7 @@ async fn stay_verified(guest: &Guest) -> Result<()> {
 
 /// That program holds the card and does nothing more. An answer on its way would find out by itself that the guest was
 /// reset.
-async fn stay_idle(guest: &Guest) -> Result<()> {
+pub(crate) async fn stay_idle(guest: &Guest) -> Result<()> {
     guest.ok("kill -STOP $(pidof guest-pcsc)").await?;
     let said = guest.ok("guest-pcsc transmit 00200000").await?;
     ensure!(said.contains("9000"), "the PIN is not verified: {said}");
@@ -64,14 +64,14 @@ async fn not_verified(guest: &Guest) -> Result<()> {
 }
 
 /// The daemon's control socket.
-struct Control {
+pub(crate) struct Control {
     answers: Lines<BufReader<OwnedReadHalf>>,
     commands: OwnedWriteHalf,
     events: Vec<Value>,
 }
 
 impl Control {
-    async fn connect(path: &str) -> Result<Self> {
+    pub(crate) async fn connect(path: &str) -> Result<Self> {
         let (reader, commands) = UnixStream::connect(path).await?.into_split();
         let mut control = Self { answers: BufReader::new(reader).lines(), commands, events: Vec::new() };
         let greeting = control.next().await?;
@@ -84,7 +84,7 @@ impl Control {
         Ok(serde_json::from_str(&line.context("the control socket is closed")?)?)
     }
 
-    async fn execute(&mut self, command: Value) -> Result<Value> {
+    pub(crate) async fn execute(&mut self, command: Value) -> Result<Value> {
         self.commands.write_all(format!("{command}\n").as_bytes()).await?;
         loop {
             let answer = self.next().await?;
@@ -97,7 +97,7 @@ impl Control {
     }
 
     /// Waits until an event has come `count` times, and sees that it does not come once more.
-    async fn events(&mut self, name: &str, count: usize) -> Result<()> {
+    pub(crate) async fn events(&mut self, name: &str, count: usize) -> Result<()> {
         while self.count(name) < count {
             let event = self.next().await?;
             self.events.push(event);
@@ -113,7 +113,11 @@ impl Control {
     }
 }
 
-fn with_control(database: &Database, place: &Place) -> Vec<String> {
+fn on_reader(execute: &str) -> Value {
+    json!({"execute": execute, "arguments": {"reader": 0}})
+}
+
+pub(crate) fn with_control(database: &Database, place: &Place) -> Vec<String> {
     let control = format!("unix-listen:{}", place.path("control"));
     vec!["--card".into(), certificates(database, ""), "--control".into(), control]
 }
@@ -161,7 +165,9 @@ async fn cards_are_plugged_and_pulled() -> Result<()> {
         (json!({"execute": "insert", "arguments": {"slot": 0}}), "reader and slot must be given"),
         (json!({"execute": "detach"}), "reader must be given"),
         (json!({"execute": "detach", "arguments": {"reader": 1}}), "no such reader"),
-        (json!({"execute": "eject"}), "query-readers, insert, remove, detach and quit"),
+        (json!({"execute": "unplug"}), "reader must be given"),
+        (json!({"execute": "plug", "arguments": {"reader": 1}}), "no such reader"),
+        (json!({"execute": "eject"}), "query-readers, insert, remove, detach, unplug, plug and quit"),
         (json!("nonsense"), "\"execute\" is missing"),
     ] {
         let answer = control.execute(command).await?;
@@ -175,6 +181,21 @@ async fn cards_are_plugged_and_pulled() -> Result<()> {
     ensure!(detached?["return"] == json!({"detached": true}));
     control.events("READER_DETACHED", 1).await?;
     control.events("READER_ATTACHED", 1).await?;
+    works(guest).await?;
+
+    // Unplugged, it is away until it is plugged in.
+    for _ in 0..2 {
+        let unplugged = control.execute(on_reader("unplug")).await?;
+        ensure!(unplugged["return"] == json!({"plugged": false}), "{unplugged}");
+    }
+    guest.ok("guest-pcsc wait-reader 20 0").await?;
+    ensure!(control.execute(on_reader("detach")).await?["return"] == json!({"detached": false}));
+    let reader = control.execute(json!({"execute": "query-readers"})).await?["return"][0].take();
+    ensure!(reader["plugged"] == false && reader["attached"] == false, "{reader}");
+    control.events("READER_ATTACHED", 1).await?;
+    let plugged = control.execute(on_reader("plug")).await?;
+    ensure!(plugged["return"] == json!({"plugged": true}), "{plugged}");
+    control.events("READER_ATTACHED", 2).await?;
     works(guest).await?;
 
     let gone = guest.ok("guest-pcsc wait-reader 20 0");
@@ -231,6 +252,10 @@ async fn a_guest_that_was_reset_over_usbip() -> Result<()> {
     control.events("READER_DETACHED", 2).await?;
     ensure!(control.execute(detach).await?["return"] == json!({"detached": false}));
     guest.stop_pcscd().await?;
+    control.execute(on_reader("unplug")).await?;
+    let refused = stack.import().await.err().context("a reader that is unplugged was imported")?;
+    ensure!(refused.to_string().contains("usbip: error"), "{refused:#}");
+    control.execute(on_reader("plug")).await?;
     stack.import().await?;
     not_verified(guest).await?;
 
@@ -340,17 +365,55 @@ async fn qemu_is_killed_and_started_again() -> Result<()> {
     not_verified(&guest).await
 }
 
+/// A VM that is paused keeps nothing that is to be taken from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_paused_guest_loses_the_reader() -> Result<()> {
+    let mut stack = Stack::start(Bus::Xhci, "", with_control).await?;
+    let mut control = Control::connect(&stack.place.path("control")).await?;
+    works(&stack.guest).await?;
+    for (execute, answer) in [("detach", json!({"detached": true})), ("unplug", json!({"plugged": false}))] {
+        stay_verified(&stack.guest).await?;
+        stay_idle(&stack.guest).await?;
+        stack.guest.qmp("stop", Value::Null).await?;
+        let mark = stack.daemon.mark();
+        ensure!(control.execute(on_reader(execute)).await?["return"] == answer);
+        stack.daemon.line_after(mark, "does not acknowledge the unplugging").await?;
+        stack.guest.qmp("cont", Value::Null).await?;
+        stack.guest.ok("guest-pcsc wait-reader 20 0; killall -KILL guest-pcsc").await?;
+        stack.guest.stop_pcscd().await?;
+        control.execute(on_reader("plug")).await?;
+        not_verified(&stack.guest).await?;
+    }
+    ensure!(stack.daemon.terminate().await?.success());
+    Ok(())
+}
+
+/// Starts a QEMU that the guest of the stack can move to.
+async fn destination(stack: &Stack) -> Result<Guest> {
+    let mut arguments = stack.place.qemu();
+    arguments.extend(["-incoming".to_owned(), format!("unix:{}", stack.place.path("migration"))]);
+    let mark = stack.daemon.mark();
+    let destination = Guest::start(Boot { may_reset: true, ..Boot::with(arguments) }).await?;
+    stack.daemon.line_after(mark, "connected").await?;
+    Ok(destination)
+}
+
+async fn migrate(stack: &Stack, destination: &Guest) -> Result<()> {
+    let path = stack.place.path("migration");
+    stack.guest.qmp("migrate", json!({"uri": format!("unix:{path}")})).await?;
+    let resumed = destination.qmp_event(|event| event["event"] == "RESUME");
+    within(Some(&stack.guest), Duration::from_secs(120), "the migration", resumed).await??;
+    Ok(())
+}
+
 /// The guest moves to another QEMU while a program in it has the card open and uses it.
 #[tokio::test(flavor = "multi_thread")]
 async fn migration_keeps_an_open_connection() -> Result<()> {
-    let stack = Stack::start(Bus::Xhci, "", one_card).await?;
+    let stack = Stack::start(Bus::Xhci, "migrate=on,", one_card).await?;
     let source = &stack.guest;
     works(source).await?;
     let count = 3000;
-    let path = stack.place.path("migration");
-    let mut arguments = stack.place.qemu();
-    arguments.extend(["-incoming".to_owned(), format!("unix:{path}")]);
-    let destination = Guest::start(Boot { may_reset: true, ..Boot::with(arguments) }).await?;
+    let destination = destination(&stack).await?;
     // Its output is the guest's, and so survives the move.
     source
         .ok(&format!(
@@ -358,9 +421,7 @@ async fn migration_keeps_an_open_connection() -> Result<()> {
         ))
         .await?;
     source.ok("while ! grep -q . /proc/$(pidof guest-pcsc)/comm; do usleep 20000; done").await?;
-    source.qmp("migrate", json!({"uri": format!("unix:{path}")})).await?;
-    let resumed = destination.qmp_event(|event| event["event"] == "RESUME");
-    within(Some(source), Duration::from_secs(120), "the migration", resumed).await??;
+    migrate(&stack, &destination).await?;
     stack.daemon.line("the guest has migrated here and goes on").await?;
     let waited = "n=0; while ! grep -q ended /tmp/repeat; do usleep 100000; n=$((n+1)); [ $n -lt 500 ]; done";
     destination.run(waited).await?;
@@ -368,4 +429,48 @@ async fn migration_keeps_an_open_connection() -> Result<()> {
     ensure!(said.contains(&format!("n={count}")) && !said.contains("error"), "{said}");
     println!("{}", said.trim());
     works(&destination).await
+}
+
+/// A guest that has a PIN verified and uses it for nothing says nothing where it moved to, however long that takes. The
+/// source's end ends nothing, as the destination waits already.
+#[tokio::test(flavor = "multi_thread")]
+async fn migration_of_an_idle_guest_keeps_its_pin() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "migrate=on,", with_control).await?;
+    works(&stack.guest).await?;
+    let destination = destination(&stack).await?;
+    stay_verified(&stack.guest).await?;
+    stay_idle(&stack.guest).await?;
+    let mark = stack.daemon.mark();
+    migrate(&stack, &destination).await?;
+    let Stack { guest, daemon, .. } = stack;
+    guest.shutdown().await;
+    daemon.line_after(mark, "the session is kept").await?;
+    // What ends this wait is that nothing is said.
+    let mark = daemon.mark();
+    let silence = Duration::from_secs(stack_tests::scale(5, 60).into());
+    let said = tokio::time::timeout(silence, daemon.line_after(mark, "")).await;
+    ensure!(said.is_err(), "{said:?}");
+    stay_idle(&destination).await?;
+    daemon.line_after(mark, "the guest has migrated here and goes on").await?;
+    destination.kill().await;
+    daemon.line_after(mark, "no guest has it any more").await?;
+    Ok(())
+}
+
+/// Without `migrate=on` the guest's new QEMU gets a new reader, once that of the source has ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn migration_by_default_brings_a_new_reader() -> Result<()> {
+    let stack = Stack::start(Bus::Xhci, "", with_control).await?;
+    works(&stack.guest).await?;
+    stay_verified(&stack.guest).await?;
+    let destination = destination(&stack).await?;
+    let mark = stack.daemon.mark();
+    migrate(&stack, &destination).await?;
+    stack.daemon.line_after(mark, "connection closed: the first packet is no usbredir hello").await?;
+    destination.ok("guest-pcsc wait-reader 20 0; killall -KILL guest-pcsc").await?;
+    let Stack { guest, daemon, .. } = stack;
+    guest.shutdown().await;
+    daemon.line_after(mark, "a guest has it").await?;
+    destination.stop_pcscd().await?;
+    not_verified(&destination).await
 }

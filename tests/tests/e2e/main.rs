@@ -17,5 +17,7 @@ mod reader;
 mod remote;
 mod slots;
 mod slow;
+mod snapshots;
 mod state;
+mod takeover;
 mod writable;

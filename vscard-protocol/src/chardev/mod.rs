@@ -9,13 +9,14 @@
 //! ```
 
 mod endpoint;
+mod places;
 mod retry;
 mod stream;
 mod wire;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -23,10 +24,16 @@ use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host};
 
 pub use endpoint::{Endpoint, EndpointError};
+pub use places::{Place, Places};
 pub use stream::Stream;
 pub use wire::Wire;
 
+use crate::LogBudget;
 use retry::Retry;
+
+/// Peers that may wait to be let in; the kernel's limit may be lower.
+#[cfg(target_os = "linux")]
+const BACKLOG: i32 = 1024;
 
 /// Whether a network that others can listen to may carry plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +107,14 @@ pub struct Channel {
     plaintext: Plaintext,
     listener: Option<Listener>,
     retry: Retry,
+    lines: Box<LogBudget<Line>>,
+}
+
+/// What is told in the log. Peers can have it repeated.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Failed,
+    Refused,
 }
 
 #[derive(Debug)]
@@ -138,12 +153,13 @@ impl Drop for SocketFile {
 impl Channel {
     /// Binds a listening endpoint; a connecting one is only checked when it connects.
     ///
-    /// A UNIX socket is made with mode 0600; a file left there by a process that is gone is replaced.
+    /// A UNIX socket has mode 0600 from the moment it exists; a file left there by a process that is gone is replaced.
     ///
     /// # Errors
     /// [`ChannelError::Listen`], [`ChannelError::Plaintext`], [`ChannelError::Resolve`].
     pub async fn open(endpoint: Endpoint, plaintext: Plaintext) -> Result<Self, ChannelError> {
-        let mut channel = Self { endpoint, plaintext, listener: None, retry: Retry::new() };
+        let (retry, lines) = (Retry::new(), Box::default());
+        let mut channel = Self { endpoint, plaintext, listener: None, retry, lines };
         let listen = |source| ChannelError::Listen { endpoint: channel.endpoint.clone(), source };
         channel.listener = match &channel.endpoint {
             Endpoint::TcpListen { .. } => {
@@ -198,7 +214,7 @@ impl Channel {
                 Err(error) if !error.is_transient() => return Err(error),
                 Err(error) => {
                     if self.retry.failed(&error.to_string(), Instant::now()) {
-                        tracing::warn!("{error}; trying again");
+                        self.lines.tell(Line::Failed, |end| tracing::warn!("{error}; trying again{end}"));
                     }
                 }
             }
@@ -233,12 +249,20 @@ impl Channel {
     async fn accept_own(&self, listener: &UnixListener) -> io::Result<Stream> {
         loop {
             let (stream, _) = listener.accept().await?;
-            let peer = stream.peer_cred()?.uid();
-            if peer == 0 || peer == rustix::process::geteuid().as_raw() {
+            if self.lets_in(stream.peer_cred()?.uid()) {
                 return Ok(Stream::unix(stream));
             }
-            tracing::warn!("{}: peer with user id {peer} refused", self.endpoint);
         }
+    }
+
+    fn lets_in(&self, peer: u32) -> bool {
+        let lets_in = peer == 0 || peer == rustix::process::geteuid().as_raw();
+        if !lets_in {
+            self.lines.tell(Line::Refused, |end| {
+                tracing::warn!("{}: peer with user id {peer} refused{end}", self.endpoint);
+            });
+        }
+        lets_in
     }
 
     /// The TCP addresses of the endpoint, all of them allowed.
@@ -268,6 +292,28 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
             Err(error) => return Err(error),
         }
     }
+    bind_private(path)
+}
+
+/// On Linux a socket's file gets the mode that the socket has, less the umask: there is no moment in which others could
+/// connect, and no path that might name another file by the time its mode is changed.
+#[cfg(target_os = "linux")]
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use rustix::fs::{Mode, fchmod};
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    UnixListener::from_std(socket.into())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
@@ -275,6 +321,10 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -333,6 +383,45 @@ mod tests {
         let _successor = std::os::unix::net::UnixListener::bind(&path).unwrap();
         drop(listen);
         assert!(path.exists());
+    }
+
+    /// Counts the lines of the log.
+    struct Log(Arc<AtomicUsize>);
+
+    impl tracing::Subscriber for Log {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+        fn event(&self, _: &tracing::Event<'_>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn enter(&self, _: &tracing::span::Id) {}
+
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    #[tokio::test]
+    async fn a_user_who_is_refused_does_not_fill_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let listening = endpoint(&format!("unix-listen:{}", dir.path().join("card.sock").display()));
+        let listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
+        let own = rustix::process::geteuid().as_raw();
+        let lines = Arc::new(AtomicUsize::new(0));
+        tracing::subscriber::with_default(Log(Arc::clone(&lines)), || {
+            assert!(listen.lets_in(0) && listen.lets_in(own));
+            assert!((1..=10_000).filter(|user| *user != own).all(|user| !listen.lets_in(user)));
+        });
+        assert_eq!(lines.load(Ordering::Relaxed), 64);
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! One connected socket.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -33,6 +34,29 @@ impl Stream {
 
     pub(super) fn unix(stream: UnixStream) -> Self {
         Self(Socket::Unix(stream))
+    }
+
+    /// Makes the send buffer as small as can be; returns its size before.
+    pub(super) fn shrink_send_buffer(&self) -> io::Result<usize> {
+        let socket = self.socket();
+        let usual = sockopt::socket_send_buffer_size(socket)?;
+        // The kernel takes its least instead.
+        sockopt::set_socket_send_buffer_size(socket, 1)?;
+        // What is told is twice of what was set, socket(7).
+        Ok(usual / 2)
+    }
+
+    /// Sets the size of the send buffer, in bytes.
+    pub(super) fn set_send_buffer(&self, size: usize) {
+        // Only speed is lost where it cannot be set.
+        let _ = sockopt::set_socket_send_buffer_size(self.socket(), size);
+    }
+
+    fn socket(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Socket::Tcp(stream) => stream.as_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
+        }
     }
 
     /// The TCP socket, set up for short messages, with `TCP_QUICKACK` left to the caller; `None` if it is none.

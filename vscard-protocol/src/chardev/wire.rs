@@ -16,6 +16,8 @@ use crate::Secret;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Nothing more is read while more bytes than this are unsent: who does not take answers gets no further ones.
 const MOST_UNSENT: usize = 256 * 1024;
+/// How often [`Wire::fill`] writes. The smallest send buffer that Linux makes takes six small pieces.
+const MOST_FILLERS: usize = 64;
 
 /// A [`Stream`] that is read and written by one task: [`send`](Self::send) never waits, and what the peer does
 /// not take at once is written while [`read`](Self::read) waits.
@@ -28,12 +30,14 @@ pub struct Wire {
     unsent_bytes: usize,
     /// Nothing can be written any more. What the peer sent before is still read, and then that it is gone.
     broken: bool,
+    /// Since it was [filled](Self::fill), and until the peer reads: the usual size of the socket's send buffer.
+    full: Option<usize>,
 }
 
 impl Wire {
     /// A stream that nothing has been written to.
     pub fn new(stream: Stream) -> Self {
-        Self { stream, unsent: VecDeque::new(), written: 0, unsent_bytes: 0, broken: false }
+        Self { stream, unsent: VecDeque::new(), written: 0, unsent_bytes: 0, broken: false, full: None }
     }
 
     /// Writes these bytes in one piece, as far as the peer takes them now; the rest while it is read from.
@@ -44,13 +48,49 @@ impl Wire {
         self.unsent_bytes += bytes.len();
         self.unsent.push_back(bytes);
         if self.unsent.len() == 1 {
-            let _ = self.poll_unsent(&mut Context::from_waker(Waker::noop()));
+            self.write_on();
         }
     }
 
     /// How many bytes the peer has not taken yet.
     pub fn unsent(&self) -> usize {
         self.unsent_bytes
+    }
+
+    /// Makes the socket's send buffer as small as it can be, and sends `bytes` until it takes no more; whether that came
+    /// to pass. Then it [is full](Self::is_full) until the peer has read something: a stream takes more only for what
+    /// was taken out at its other end. A peer that reads as fast as this writes is never filled.
+    ///
+    /// This is for UNIX sockets, whose buffer is empty when the peer has read everything. TCP would tell that the peer's
+    /// kernel has taken it.
+    pub fn fill(&mut self, bytes: &Secret) -> bool {
+        self.write_on();
+        if self.full.is_none() {
+            let Ok(usual) = self.stream.shrink_send_buffer() else { return false };
+            let mut fillers = MOST_FILLERS;
+            while self.unsent_bytes == 0 && !self.broken && fillers > 0 {
+                self.send(bytes.clone());
+                fillers -= 1;
+            }
+            if self.unsent_bytes > 0 {
+                self.full = Some(usual);
+            } else {
+                self.stream.set_send_buffer(usual);
+            }
+        }
+        // Nobody reads what cannot be written.
+        self.full.is_some() || self.broken
+    }
+
+    /// Whether the peer has read nothing since the stream was [filled](Self::fill), as far as [`write_on`](Self::write_on)
+    /// has seen.
+    pub fn is_full(&self) -> bool {
+        self.full.is_some()
+    }
+
+    /// Writes what the peer takes now; the rest while it is read from.
+    pub fn write_on(&mut self) {
+        let _ = self.poll_unsent(&mut Context::from_waker(Waker::noop()));
     }
 
     /// Writes until there is nothing to write, or no use in writing.
@@ -64,6 +104,9 @@ impl Wire {
                     if count == rest.len() {
                         self.unsent.pop_front();
                         self.written = 0;
+                    }
+                    if let Some(usual) = self.full.take() {
+                        self.stream.set_send_buffer(usual);
                     }
                 }
                 _ => {
@@ -147,6 +190,30 @@ mod tests {
         taken.unwrap();
         assert!(got == answers);
         assert_eq!(peer.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_filled_stream_takes_more_when_its_peer_has_read() {
+        let (mut wire, mut peer) = pair();
+        let filler = Secret::from(&b"nothing"[..]);
+        wire.send(Secret::from(&b"before"[..]));
+        assert!(wire.fill(&filler) && wire.fill(&filler));
+        let mut context = Context::from_waker(Waker::noop());
+        for _ in 0..3 {
+            tokio::task::yield_now().await;
+            assert!(wire.poll_read(&mut context, &mut ReadBuf::new(&mut [0])).is_pending());
+            assert!(wire.is_full());
+        }
+        let mut got = [0; 1 << 16];
+        let count = peer.read(&mut got).await.unwrap();
+        assert!(got.starts_with(b"beforenothingnothing") && count < 1000, "{count} bytes");
+        // Who reads from it sees that.
+        let (read, written) = tokio::join!(wire.read(&mut got), peer.write_all(b"hello"));
+        assert!(read.unwrap() == 5 && written.is_ok());
+        assert!(!wire.is_full());
+        // The buffer is as it was.
+        wire.send(Secret::from(&[0; 64 * 1024][..]));
+        assert_eq!(wire.unsent(), 0);
     }
 
     #[tokio::test]

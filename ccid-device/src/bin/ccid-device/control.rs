@@ -7,12 +7,13 @@ use ccid_device::SlotId;
 use ccid_device::reader::{Handle, ReaderEvent};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::sync::{Notify, Semaphore, broadcast};
-use vscard_protocol::chardev::{Channel, Stream};
+use tokio::sync::{Notify, broadcast};
+use vscard_protocol::chardev::{Channel, Place, Places, Stream};
 
 /// Longest command.
 const MOST_LINE: u64 = 64 * 1024;
-/// Clients at a time.
+/// Clients at a time. One more takes the place of the one that has been silent longest: who only listens for events has
+/// never said anything, and comes again.
 const MOST_CLIENTS: usize = 8;
 
 /// A running reader as the control socket shows it.
@@ -33,14 +34,16 @@ pub(crate) struct Control {
 
 /// Serves clients until the channel is of no use.
 pub(crate) async fn serve(mut channel: Channel, control: Arc<Control>) {
-    let places = Arc::new(Semaphore::new(MOST_CLIENTS));
-    while let Ok(place) = places.clone().acquire_owned().await {
+    let mut places = Places::new(MOST_CLIENTS);
+    loop {
         match channel.stream().await {
             Ok(stream) => {
-                let control = control.clone();
+                let (control, place) = (control.clone(), places.take().await);
                 tokio::spawn(async move {
-                    let _ = client(stream, &control).await;
-                    drop(place);
+                    tokio::select! {
+                        _ = client(stream, &place, &control) => {}
+                        () = place.lost() => {}
+                    }
                 });
             }
             Err(error) => return tracing::error!("no further commands: {error}"),
@@ -48,7 +51,7 @@ pub(crate) async fn serve(mut channel: Channel, control: Arc<Control>) {
     }
 }
 
-async fn client(stream: Stream, control: &Control) -> std::io::Result<()> {
+async fn client(stream: Stream, place: &Place, control: &Control) -> std::io::Result<()> {
     let (reader, mut writer) = tokio::io::split(stream);
     let mut reader = BufReader::new(reader);
     let mut events = control.events.subscribe();
@@ -62,6 +65,7 @@ async fn client(stream: Stream, control: &Control) -> std::io::Result<()> {
             read = limited.read_until(b'\n', &mut line) => match read? {
                 0 => return Ok(()),
                 _ if line.last() == Some(&b'\n') => {
+                    place.heard();
                     let answer = command(&line, control).await;
                     line.clear();
                     answer
@@ -114,7 +118,7 @@ async fn command(line: &[u8], control: &Control) -> Value {
                     .collect();
                 readers.push(json!({
                     "reader": number, "carrier": reader.carrier, "endpoint": reader.endpoint,
-                    "attached": status.attached, "slots": slots,
+                    "plugged": status.plugged, "attached": status.attached, "slots": slots,
                 }));
             }
             success(&id, &json!(readers))
@@ -134,13 +138,21 @@ async fn command(line: &[u8], control: &Control) -> Value {
                 None => failure(&id, "there is no card in that reader and slot"),
             }
         }
-        Some("detach") => {
+        Some(execute @ ("detach" | "unplug" | "plug")) => {
             let Some(reader) = number(arguments, "reader") else {
                 return failure(&id, "the argument reader must be given, as a number");
             };
-            match control.readers.get(reader) {
-                Some(reader) => success(&id, &json!({"detached": reader.handle.detach().await})),
-                None => failure(&id, "there is no such reader"),
+            let Some(Running { handle, .. }) = control.readers.get(reader) else {
+                return failure(&id, "there is no such reader");
+            };
+            let done = match execute {
+                "detach" => Some(json!({"detached": handle.detach().await})),
+                "unplug" => handle.unplug().await.map(|()| json!({"plugged": false})),
+                _ => handle.plug().await.map(|()| json!({"plugged": true})),
+            };
+            match done {
+                Some(done) => success(&id, &done),
+                None => failure(&id, "that reader has ended"),
             }
         }
         Some("quit") => {
@@ -148,7 +160,7 @@ async fn command(line: &[u8], control: &Control) -> Value {
             success(&id, &json!({}))
         }
         Some(other) => {
-            let known = "query-readers, insert, remove, detach and quit";
+            let known = "query-readers, insert, remove, detach, unplug, plug and quit";
             failure(&id, &format!("no command {other:?}; there are {known}"))
         }
         None => failure(&id, "\"execute\" is missing"),

@@ -8,7 +8,7 @@ mod spec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ccid_device::reader::{Carrier, Exports, Reader};
 use ccid_device::{ConfigError, Device, DeviceConfig, Layout};
@@ -23,7 +23,7 @@ use tracing_subscriber::filter::LevelFilter;
 use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
 use vscard_protocol::passthru::PassthruCard;
 use vscard_protocol::trace::Traced;
-use vscard_protocol::{CardSource, LogLines};
+use vscard_protocol::{CardSource, LogBudget};
 
 use crate::control::{Control, Running};
 use crate::spec::{CardKind, CardSpec, ReaderSpec};
@@ -42,6 +42,7 @@ Readers: --reader KIND,[OPTIONS,]ENDPOINT
   usbip       for Linux; readers with the same endpoint share a server
   with        slots=1..16 or interfaces=1..7, speed=full|high, id=VENDOR:PRODUCT, serial=,
               product=, manufacturer=, max-message=271..65554
+  migrate=on  (usbredir, unix-listen:PATH) lets a guest that migrates take its card sessions along
 
 Cards: --card KIND[,OPTIONS]
   cert,db=sql:DIR,cert=[SLOT=]NAME[,cert=...]       certificates of an NSS database
@@ -84,7 +85,8 @@ Examples:
   # libvirt: <redirdev bus='usb' type='unix'>
   #            <source mode='bind' path='/run/vm1-ccid.sock'/></redirdev>
 
-Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, quit.
+Control socket: one JSON object a line, as in QMP: query-readers, insert, remove, detach, unplug, plug,
+  quit. Unplug a reader before its guest is put back to a snapshot, and plug it in after.
   {\"execute\": \"remove\", \"arguments\": {\"reader\": 0, \"slot\": 1}}
 
 Exit status:
@@ -307,11 +309,11 @@ async fn start(mut cli: Cli, kept: &mut Vec<OpenCard>) -> Result<Started, Failur
         let (news, mut told) = mpsc::unbounded_channel();
         let events = events.clone();
         tellers.push(tokio::spawn(async move {
-            let mut lines = LogLines::new(Instant::now());
+            let lines = LogBudget::new();
             while let Some(event) = told.recv().await {
-                if let Some(end) = lines.next(Instant::now()) {
+                lines.tell(std::mem::discriminant(&event), |end| {
                     tracing::info!("reader {number}: {event}{end}");
-                }
+                });
                 let _ = events.send((number, event));
             }
         }));
@@ -346,7 +348,7 @@ impl Started {
             .iter()
             .map(|reader| {
                 let handle = reader.handle.clone();
-                tokio::spawn(async move { handle.unplug().await })
+                tokio::spawn(async move { handle.end().await })
             })
             .collect();
         for unplug in unplugs {
@@ -404,7 +406,7 @@ async fn carriers(
         carriers.push(None);
         if !reader.usbip {
             let channel = Channel::open(reader.endpoint.clone(), plaintext).await.map_err(unusable)?;
-            carriers[number] = Some(Carrier::Usbredir(channel));
+            carriers[number] = Some(Carrier::Usbredir { channel, migrate: reader.migrate });
         }
     }
     for (number, reader) in readers.iter().enumerate() {

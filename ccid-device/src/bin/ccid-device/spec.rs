@@ -13,6 +13,8 @@ use vscard_protocol::chardev::Endpoint;
 #[derive(Clone, Debug)]
 pub(crate) struct ReaderSpec {
     pub(crate) usbip: bool,
+    /// A guest that migrates takes its card sessions along.
+    pub(crate) migrate: bool,
     pub(crate) config: DeviceConfig,
     /// The user said how many slots.
     pub(crate) layout_given: bool,
@@ -138,7 +140,7 @@ impl std::str::FromStr for ReaderSpec {
             return Err("a USB/IP server listens: tcp-listen:HOST:PORT".into());
         }
         let mut config = DeviceConfig::new(serial(&endpoint));
-        let (mut layout_given, mut serial_given) = (false, false);
+        let (mut layout_given, mut serial_given, mut migrate) = (false, false, false);
         for (key, text) in options {
             match key.as_str() {
                 "slots" | "interfaces" => {
@@ -171,16 +173,32 @@ impl std::str::FromStr for ReaderSpec {
                 }
                 "product" => config.product = value(&key, text)?,
                 "manufacturer" => config.manufacturer = value(&key, text)?,
+                "migrate" => {
+                    migrate = match value(&key, text)?.as_str() {
+                        "on" => true,
+                        "off" => false,
+                        other => return Err(format!("migrate={other} is neither on nor off")),
+                    }
+                }
                 "max-message" => config.max_message = number(&key, text, "271 to 65554")?,
                 other => {
                     return Err(format!(
                         "unknown option {other:?}; there are slots, interfaces, speed, id, serial, product, \
-                         manufacturer and max-message"
+                         manufacturer, max-message and migrate"
                     ));
                 }
             }
         }
-        Ok(Self { usbip, config, layout_given, serial_given, endpoint })
+        if migrate && usbip {
+            return Err("migrate=on is for usbredir: over USB/IP nothing goes along with a guest".into());
+        }
+        if migrate && !matches!(endpoint, Endpoint::UnixListen { .. }) {
+            return Err(format!(
+                "migrate=on needs unix-listen:PATH, not {endpoint}: two QEMUs have to reach the reader at a time, and whoever \
+                 can do that can go on with a paused guest's card sessions, so it must be this user's processes alone"
+            ));
+        }
+        Ok(Self { usbip, migrate, config, layout_given, serial_given, endpoint })
     }
 }
 
@@ -343,6 +361,9 @@ mod tests {
     fn the_documented_lines() {
         let reader: ReaderSpec = "usbredir,unix:/run/vm1-ccid.sock".parse().unwrap();
         assert!(!reader.usbip && !reader.layout_given);
+        assert!(!reader.migrate);
+        let reader: ReaderSpec = "usbredir,migrate=on,unix-listen:/run/vm1-ccid.sock".parse().unwrap();
+        assert!(reader.migrate);
         let reader: ReaderSpec = "usbip,slots=4,speed=full,tcp-listen:127.0.0.1:3240".parse().unwrap();
         assert_eq!((reader.config.layout, reader.config.speed), (Layout::Slots(4), Speed::Full));
         let card: CardSpec = "cert,db=sql:/d,,x,cert=a,cert=b,slot=2".parse().unwrap();
@@ -372,6 +393,13 @@ mod tests {
         assert!(reader("usbredir,slots=many,unix:/x").contains("slots=many is not a number"));
         assert!(reader("usbredir,slots=1,interfaces=1,unix:/x").contains("exclude each other"));
         assert!(reader("usbip,tcp:localhost:1").contains("listens"));
+        for endpoint in ["unix:/x", "tcp:127.0.0.1:1", "tcp-listen:127.0.0.1:1"] {
+            let error = reader(&format!("usbredir,migrate=on,{endpoint}"));
+            assert!(error.contains("needs unix-listen:PATH") && error.contains(endpoint), "{error}");
+        }
+        assert!(reader("usbip,migrate=on,tcp-listen:127.0.0.1:1").contains("for usbredir"));
+        assert!(reader("usbredir,migrate,unix-listen:/x").contains("migrate needs a value"));
+        assert!(reader("usbredir,migrate=yes,unix-listen:/x").contains("neither on nor off"));
         assert!(reader("usbredir,colour=red,unix:/x").contains("unknown option \"colour\""));
         let card = |text: &str| text.parse::<CardSpec>().unwrap_err();
         assert!(card("cert,db=/d").contains("cert=NAME"));

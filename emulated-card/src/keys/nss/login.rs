@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vscard_protocol::Secret;
+use vscard_protocol::{LogBudget, Secret};
 use zeroize::Zeroizing;
 
 use super::super::certificate::PublicKey;
@@ -77,6 +77,9 @@ pub(super) enum Place {
     },
 }
 
+/// A guest verifies the PIN, and a token comes and goes, as fast as it likes.
+static LINES: LogBudget<&str> = LogBudget::new();
+
 /// The login that counts now.
 #[derive(Default)]
 struct Current {
@@ -112,7 +115,9 @@ impl LoginKey {
                 Ok(copy) => self.key = copy,
                 Err(error) => {
                     if !std::mem::replace(warned, true) {
-                        tracing::warn!(name, %error, "no session copy of the private key: operations are slow");
+                        LINES.tell("no copy", |end| {
+                            tracing::warn!(name, %error, "no session copy of the private key: operations are slow{end}");
+                        });
                     }
                 }
             }
@@ -224,7 +229,7 @@ impl Keys {
         };
         match self.find_own(wanted, window) {
             Err(reason) if window.is_some() => {
-                tracing::warn!("{reason}");
+                LINES.tell("no key", |end| tracing::warn!("{reason}{end}"));
                 Ok(None)
             }
             found => found.map(Some),

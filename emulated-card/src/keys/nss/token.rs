@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
-use vscard_protocol::Secret;
+use vscard_protocol::{LogBudget, Secret};
 use x509_cert::der::asn1::ObjectIdentifier;
 use x509_cert::der::{AnyRef, Decode, Reader, SliceReader, Tag, Tagged};
 
@@ -183,6 +183,9 @@ fn hint(info: &TokenInfo) -> Option<u8> {
     if info.is_locked() { Some(0) } else { info.is_final_try().then_some(1) }
 }
 
+/// A token comes and goes as fast as it likes.
+static LINES: LogBudget<&str> = LogBudget::new();
+
 fn usable(content: &Content) -> Vec<(Certificate, WantedKey)> {
     // The shorter ID first: they are numbers, where they are not hashes.
     let mut by_id: BTreeMap<(usize, &[u8]), (&Found, Parts)> = BTreeMap::new();
@@ -206,10 +209,18 @@ fn usable(content: &Content) -> Vec<(Certificate, WantedKey)> {
         let name = name_of(found);
         let (public_key, public) = parts
             .key()
-            .inspect_err(|unfit| tracing::warn!("certificate {name:?} on the token is left out: {unfit}"))
+            .inspect_err(|unfit| {
+                LINES.tell("unfit", |end| {
+                    tracing::warn!("certificate {name:?} on the token is left out: {unfit}{end}");
+                });
+            })
             .ok()?;
         if content.key_pairs.get(&found.id).is_some_and(|half| !half.may_be(&public)) {
-            tracing::warn!("certificate {name:?} on the token is left out: the key with its ID is another's");
+            LINES.tell("another's", |end| {
+                tracing::warn!(
+                    "certificate {name:?} on the token is left out: the key with its ID is another's{end}"
+                );
+            });
             return None;
         }
         let certificate =

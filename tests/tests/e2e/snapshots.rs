@@ -1,0 +1,105 @@
+//! A virtual machine that is put back to what it was, with the reader unplugged meanwhile.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use stack_tests::SELECT;
+use stack_tests::database::Database;
+use stack_tests::guest::{Guest, within};
+use stack_tests::reader::{Bus, Place, Stack, certificates};
+
+use crate::lifecycle::{Control, stay_idle, stay_verified};
+
+/// Writing or reading the guest's memory takes seconds.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Runs a job of QEMU's to its end.
+async fn job(guest: &Guest, command: &str, id: &str, mut arguments: Value) -> Result<()> {
+    arguments["job-id"] = id.into();
+    guest.qmp(command, arguments).await?;
+    let concluded = guest.qmp_event(|event| {
+        event["event"] == "JOB_STATUS_CHANGE"
+            && event["data"]["id"] == id
+            && event["data"]["status"] == "concluded"
+    });
+    within(Some(guest), LIMIT, command, concluded).await??;
+    let jobs = guest.qmp("query-jobs", Value::Null).await?;
+    let failed = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == id)?.get("error"));
+    ensure!(failed.is_none(), "{command}: {jobs}");
+    guest.qmp("job-dismiss", json!({"id": id})).await?;
+    Ok(())
+}
+
+/// A disk that holds nothing but snapshots.
+async fn disk(guest: &Guest, place: &Place) -> Result<()> {
+    let path = place.path("disk");
+    std::fs::File::create(&path)?;
+    guest.qmp("blockdev-add", json!({"driver": "file", "node-name": "disk-file", "filename": path})).await?;
+    let options = json!({"driver": "qcow2", "file": "disk-file", "size": 1 << 20});
+    job(guest, "blockdev-create", "create", json!({"options": options})).await?;
+    guest.qmp("blockdev-add", json!({"driver": "qcow2", "node-name": "disk", "file": "disk-file"})).await?;
+    Ok(())
+}
+
+fn snapshot(tag: &str) -> Value {
+    json!({"tag": tag, "vmstate": "disk", "devices": ["disk"]})
+}
+
+async fn plugged(control: &mut Control, plugged: bool) -> Result<()> {
+    let execute = if plugged { "plug" } else { "unplug" };
+    let done = control.execute(json!({"execute": execute, "arguments": {"reader": 0}})).await?;
+    ensure!(done["return"] == json!({"plugged": plugged}), "{done}");
+    let readers = control.execute(json!({"execute": "query-readers"})).await?;
+    ensure!(readers["return"][0]["plugged"] == plugged, "{readers}");
+    ensure!(plugged || readers["return"][0]["attached"] == false, "{readers}");
+    Ok(())
+}
+
+/// Both cards answer, and no PIN is verified.
+async fn works(guest: &Guest) -> Result<()> {
+    guest.ok("guest-pcsc wait-reader 30 2").await?;
+    for reader in 0..2 {
+        guest.ok(&format!("guest-pcsc wait-card present 30 {reader}")).await?;
+        let said =
+            guest.ok(&format!("guest-pcsc transmit -r {reader} {SELECT} 00200000")).await?.to_uppercase();
+        ensure!(said.contains("63C3"), "a PIN is verified in slot {reader}: {said}");
+    }
+    Ok(())
+}
+
+/// As docs/snapshots.md says: unplug, revert, plug. With two slots QEMU ends itself if the reader stays in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_is_reverted_while_the_reader_is_unplugged() -> Result<()> {
+    let cards = |database: &Database, place: &Place| {
+        let mut args = vec!["--control".into(), format!("unix-listen:{}", place.path("control"))];
+        for name in ["first", "second"] {
+            args.extend(["--card".into(), certificates(database, &format!(",card-name={name}"))]);
+        }
+        args
+    };
+    let stack = Stack::start(Bus::Xhci, "slots=2,", cards).await?;
+    let guest = &stack.guest;
+    let mut control = Control::connect(&stack.place.path("control")).await?;
+    disk(guest, &stack.place).await?;
+    works(guest).await?;
+
+    // One without the reader, and one with it, its pipes in use and a PIN verified.
+    plugged(&mut control, false).await?;
+    guest.ok("guest-pcsc wait-reader 20 0").await?;
+    job(guest, "snapshot-save", "save-before", snapshot("before")).await?;
+    plugged(&mut control, true).await?;
+    works(guest).await?;
+    stay_verified(guest).await?;
+    stay_idle(guest).await?;
+    job(guest, "snapshot-save", "save-with", snapshot("with")).await?;
+
+    for (round, tag) in ["with", "before", "with"].into_iter().enumerate() {
+        plugged(&mut control, false).await?;
+        job(guest, "snapshot-load", &format!("load-{round}"), snapshot(tag)).await.context(tag)?;
+        plugged(&mut control, true).await?;
+        works(guest).await.with_context(|| format!("{tag}, the daemon says\n{}", stack.daemon.log()))?;
+    }
+    ensure!(guest.ended().is_none(), "QEMU ended");
+    Ok(())
+}
