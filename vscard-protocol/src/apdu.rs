@@ -55,6 +55,12 @@ pub mod ins {
     pub const SELECT: u8 = 0xA4;
     /// READ BINARY.
     pub const READ_BINARY: u8 = 0xB0;
+    /// READ BINARY, odd instruction (offset as BER-TLV in the body).
+    pub const READ_BINARY_ODD: u8 = 0xB1;
+    /// READ RECORD.
+    pub const READ_RECORD: u8 = 0xB2;
+    /// READ RECORD, odd instruction (offset as BER-TLV in the body).
+    pub const READ_RECORD_ODD: u8 = 0xB3;
     /// GET RESPONSE.
     pub const GET_RESPONSE: u8 = 0xC0;
     /// ENVELOPE.
@@ -88,7 +94,8 @@ pub mod ins {
             GET_CHALLENGE => "GET CHALLENGE",
             GENERAL_AUTHENTICATE => "GENERAL AUTHENTICATE",
             SELECT => "SELECT",
-            READ_BINARY => "READ BINARY",
+            READ_BINARY | READ_BINARY_ODD => "READ BINARY",
+            READ_RECORD | READ_RECORD_ODD => "READ RECORD",
             GET_RESPONSE => "GET RESPONSE",
             ENVELOPE => "ENVELOPE",
             GET_DATA | GET_DATA_ODD => "GET DATA",
