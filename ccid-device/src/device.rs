@@ -337,6 +337,17 @@ impl Device {
         data.map_or(InOutcome::Nothing, InOutcome::Data)
     }
 
+    /// For how long what [`bulk_in`](Self::bulk_in) gave last may be read.
+    pub(crate) fn bulk_in_validity(&self, endpoint: u8) -> Validity {
+        match self.locate(endpoint) {
+            Some((index, Pipe::BulkIn)) => {
+                self.functions.get(index).map(|function| function.queue.last_validity())
+            }
+            _ => None,
+        }
+        .unwrap_or_default()
+    }
+
     /// What [`bulk_in`](Self::bulk_in) gave and the guest did not get, as when it crossed a cancel: it goes
     /// back to the head of the queue. Of several, the newest is given back first; the newest 32 can be.
     ///

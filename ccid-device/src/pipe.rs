@@ -248,6 +248,11 @@ impl Queue {
         Some(data)
     }
 
+    /// Of the newest transfer.
+    pub(crate) fn last_validity(&self) -> Validity {
+        self.handed.back().map(|handed| handed.validity.clone()).unwrap_or_default()
+    }
+
     fn remember(&mut self, handed: Handed) {
         if self.handed.len() == MOST_HANDED {
             self.handed.pop_front();

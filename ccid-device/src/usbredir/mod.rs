@@ -17,13 +17,15 @@
 //! * **An answer that crossed its cancel is lost** to the guest, since QEMU drops it; so the last answers are kept,
 //!   and one that is cancelled after all goes back to the device.
 //! * **A session that continues repeats** what was sent since the last sign of life on the connection before: the
-//!   QEMU that stopped may have left it unread. QEMU drops an answer that it does not wait for.
+//!   QEMU that stopped may have left it unread. QEMU drops an answer that it does not wait for. What a key gave is not
+//!   repeated after the PIN was forgotten.
 
 mod codec;
 mod endpoint;
 mod session;
 #[cfg(test)]
 mod tests;
+mod unread;
 
 pub use codec::{DecodeError, PacketType};
 pub use session::{CloseReason, ConnectionId, Input, Notice, Output, Session};
