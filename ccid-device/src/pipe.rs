@@ -1,6 +1,7 @@
 //! The two bulk pipes of an interface: transfers to messages, and messages to transfers.
 
 use std::collections::VecDeque;
+use std::fmt;
 
 use vscard_protocol::{Secret, Validity};
 
@@ -33,12 +34,18 @@ pub(crate) enum Assembled<'a> {
 }
 
 /// abData of a message.
-#[derive(Debug)]
 pub(crate) enum Data<'a> {
     /// It came in one transfer.
     Whole(&'a [u8]),
     /// It came in several; the header is in front.
     Gathered(Secret),
+}
+
+impl fmt::Debug for Data<'_> {
+    /// The length; a PIN may be in it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Data({} bytes)", self.expose().len())
+    }
 }
 
 impl Data<'_> {

@@ -32,7 +32,6 @@ const LOST_FOR: Duration = Duration::from_secs(30);
 pub struct ConnectionId(pub u64);
 
 /// What happens to a [`Session`].
-#[derive(Debug)]
 pub enum Input<'a> {
     /// There is a connection, made or accepted. Nothing is sent before its first packet.
     Connected(ConnectionId),
