@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use vscard_protocol::{Atr, Command, Response, Secret};
+use vscard_protocol::{Atr, Command, Response, Secret, Validity};
 
 use crate::config::{ConfigError, DeviceConfig};
 use crate::descriptor::{self, CLOCK_KHZ, CONFIGURATION, DATA_RATES, Pipe, Topology};
@@ -310,7 +310,8 @@ impl Device {
                 // A bSlot beyond bMaxSlotIndex makes libccid write beyond its tables, so none is ever sent.
                 let ids = [0, header.seq];
                 let parameters = &Parameters::DEFAULT;
-                queue.push(0, failure(header.kind, ids, IccStatus::Absent, ErrorCode::SLOT, parameters));
+                let message = failure(header.kind, ids, IccStatus::Absent, ErrorCode::SLOT, parameters);
+                queue.push(0, message, Validity::default());
             }
         }
         TransferOutcome::Accepted
@@ -322,6 +323,8 @@ impl Device {
     /// The rest of a longer answer is for the next transfer. An answer that fills its last transfer with
     /// whole packets is followed by an empty transfer, for guests that split a long read into several; a
     /// guest that sends the slot its next command instead did not wait for it, and does not get it.
+    ///
+    /// Of a response whose [`Validity`] has ended the guest gets no more, but the status word 6982.
     pub fn bulk_in(&mut self, endpoint: u8, max: usize) -> InOutcome {
         let Some((function, Pipe::BulkIn)) = self.find(endpoint) else { return InOutcome::Stall };
         if function.halted[Pipe::BulkIn as usize] {
@@ -332,6 +335,17 @@ impl Device {
             _ => function.queue.take(max, SMALLEST_PACKET),
         };
         data.map_or(InOutcome::Nothing, InOutcome::Data)
+    }
+
+    /// For how long what [`bulk_in`](Self::bulk_in) gave last may be read.
+    pub(crate) fn bulk_in_validity(&self, endpoint: u8) -> Validity {
+        match self.locate(endpoint) {
+            Some((index, Pipe::BulkIn)) => {
+                self.functions.get(index).map(|function| function.queue.last_validity())
+            }
+            _ => None,
+        }
+        .unwrap_or_default()
     }
 
     /// What [`bulk_in`](Self::bulk_in) gave and the guest did not get, as when it crossed a cancel: it goes

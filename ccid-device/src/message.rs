@@ -1,6 +1,6 @@
 //! CCID messages and their bytes (USB CCID 1.1 §6).
 
-use vscard_protocol::{Atr, Secret};
+use vscard_protocol::{Atr, Secret, StatusWord};
 
 use crate::descriptor::{CLOCK_KHZ, DATA_RATES};
 
@@ -163,6 +163,18 @@ pub(crate) fn failure(
         }
         kind => answer(kind, ids, icc, status, 0, &[]),
     }
+}
+
+/// SW1-SW2 in place of a response that may not be read any more: the PIN behind it is not verified any more.
+pub(crate) const REFUSED: [u8; 2] = StatusWord::SECURITY_STATUS_NOT_SATISFIED.0.to_be_bytes();
+
+/// The answer in place of the one that had this header, with a response in it, or a part of one.
+pub(crate) fn refused(header: [u8; HEADER]) -> Secret {
+    let [kind, _, _, _, _, slot, seq, status, error, chain] = header;
+    // Nothing follows it, so the first part is all, and any other the last (USB CCID 1.1 §6.2.1).
+    let [l0, l1, l2, l3] = (REFUSED.len() as u32).to_le_bytes();
+    let header = [kind, l0, l1, l2, l3, slot, seq, status, error, chain & 2];
+    Secret::new([&header[..], &REFUSED].concat())
 }
 
 /// Whether a message to the host says that its command was aborted.

@@ -1,10 +1,11 @@
 //! The two bulk pipes of an interface: transfers to messages, and messages to transfers.
 
 use std::collections::VecDeque;
+use std::fmt;
 
-use vscard_protocol::Secret;
+use vscard_protocol::{Secret, Validity};
 
-use crate::message::{self, HEADER, Header};
+use crate::message::{self, HEADER, Header, REFUSED};
 
 /// Answers unread or owed that an interface may have before it refuses further messages.
 pub(crate) const MOST_ANSWERS: usize = 64;
@@ -33,12 +34,18 @@ pub(crate) enum Assembled<'a> {
 }
 
 /// abData of a message.
-#[derive(Debug)]
 pub(crate) enum Data<'a> {
     /// It came in one transfer.
     Whole(&'a [u8]),
     /// It came in several; the header is in front.
     Gathered(Secret),
+}
+
+impl fmt::Debug for Data<'_> {
+    /// The length; a PIN may be in it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Data({} bytes)", self.expose().len())
+    }
 }
 
 impl Data<'_> {
@@ -130,9 +137,30 @@ pub(crate) struct Item {
     pub(crate) offset: usize,
     /// Whether `bytes` are a whole answer, not what was given back of one.
     pub(crate) is_whole: bool,
+    /// For how long it may be read.
+    pub(crate) validity: Validity,
 }
 
 impl Item {
+    /// What the guest gets of a response that may not be read any more, or not elsewhere. Of one that it has begun to
+    /// read, it knows the length.
+    pub(crate) fn refused(&self) -> Self {
+        let bytes = self.bytes.expose();
+        let refused = match bytes.first_chunk() {
+            Some(header) if self.is_whole && !self.is_started() => message::refused(*header),
+            _ => {
+                let known = if self.is_whole { bytes.len().min(HEADER) } else { 0 };
+                let (header, rest) = bytes.split_at(known);
+                let mut refused = [header, &vec![0; rest.len()]].concat();
+                if let Some(end) = refused.get_mut(known..).and_then(<[u8]>::last_chunk_mut) {
+                    *end = REFUSED;
+                }
+                Secret::new(refused)
+            }
+        };
+        Self { bytes: refused, validity: Validity::default(), ..*self }
+    }
+
     fn is_started(&self) -> bool {
         !self.is_whole || self.offset > 0
     }
@@ -147,6 +175,7 @@ struct Handed {
     header: Option<[u8; HEADER]>,
     /// It was the last of its answer.
     ends: bool,
+    validity: Validity,
 }
 
 impl Handed {
@@ -164,9 +193,9 @@ fn is_whole(answer: &[u8]) -> bool {
 }
 
 impl Queue {
-    pub(crate) fn push(&mut self, slot: u8, bytes: Secret) {
+    pub(crate) fn push(&mut self, slot: u8, bytes: Secret, validity: Validity) {
         self.bytes += bytes.len();
-        self.items.push_back(Item { slot, bytes, offset: 0, is_whole: true });
+        self.items.push_back(Item { slot, bytes, offset: 0, is_whole: true, validity });
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -189,17 +218,24 @@ impl Queue {
     ///
     /// An answer that fills its transfer with whole packets is followed by a packet of no bytes (USB 2.0
     /// §5.8.3): a guest that split a long read into several waits in the next one for the end of the
-    /// answer.
+    /// answer. A response whose validity has ended is not given, but refused.
     pub(crate) fn take(&mut self, max: usize, packet: u16) -> Option<Secret> {
         if let Some(slot) = self.ending.take() {
-            self.remember(Handed { slot, length: 0, header: None, ends: true });
+            let validity = Validity::default();
+            self.remember(Handed { slot, length: 0, header: None, ends: true, validity });
             return Some(Secret::default());
         }
         let item = self.items.front_mut()?;
+        if item.validity.has_ended() {
+            self.bytes -= item.bytes.len();
+            *item = item.refused();
+            self.bytes += item.bytes.len();
+        }
         let (slot, left) = (item.slot, item.bytes.len() - item.offset);
         let length = left.min(max);
         let header = if item.is_started() { None } else { item.bytes.expose().first_chunk().copied() };
-        let handed = Handed { slot, length, header, ends: length == left };
+        let validity = item.validity.clone();
+        let handed = Handed { slot, length, header, ends: length == left, validity };
         let data = if length == item.bytes.len() {
             std::mem::take(&mut item.bytes)
         } else {
@@ -217,6 +253,11 @@ impl Queue {
         }
         self.remember(handed);
         Some(data)
+    }
+
+    /// Of the newest transfer.
+    pub(crate) fn last_validity(&self) -> Validity {
+        self.handed.back().map(|handed| handed.validity.clone()).unwrap_or_default()
     }
 
     fn remember(&mut self, handed: Handed) {
@@ -247,6 +288,7 @@ impl Queue {
                     let mut joined = data;
                     joined.extend(front.bytes.expose());
                     front.is_whole = begins && is_whole(joined.expose());
+                    front.validity = handed.validity;
                     front.bytes = joined;
                 }
                 return;
@@ -256,7 +298,8 @@ impl Queue {
         }
         self.bytes += data.len();
         let is_whole = begins && is_whole(data.expose());
-        self.items.push_front(Item { slot: handed.slot, bytes: data, offset: 0, is_whole });
+        let Handed { slot, validity, .. } = handed;
+        self.items.push_front(Item { slot, bytes: data, offset: 0, is_whole, validity });
     }
 
     /// The host has sent a command to `slot`, so it waits for the end of no answer from there.
@@ -388,7 +431,7 @@ mod tests {
     fn queue(lengths: &[usize]) -> Queue {
         let mut queue = Queue::default();
         for &length in lengths {
-            queue.push(0, Secret::new(message(length - 10)));
+            queue.push(0, Secret::new(message(length - 10)), Validity::default());
         }
         queue
     }
@@ -447,7 +490,7 @@ mod tests {
         for slot in 0..3 {
             let mut bytes = message(0);
             bytes[5] = slot;
-            queue.push(slot, Secret::new(bytes));
+            queue.push(slot, Secret::new(bytes), Validity::default());
         }
         let taken: Vec<Secret> = (0..3).filter_map(|_| queue.take(64, 64)).collect();
         // The guest got the last.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vscard_protocol::{Atr, Command, Response, Secret, StatusWord, apdu};
+use vscard_protocol::{Atr, Command, Response, Secret, StatusWord, Validity, apdu};
 
 use crate::device::{Actions, CardFailure, Outcome, SlotId, Token};
 use crate::message::{
@@ -139,7 +139,7 @@ impl Slot {
     /// Answers that a message failed.
     pub(crate) fn fail(&self, header: Header, error: ErrorCode, context: &mut Context<'_>) {
         let message = failure(header.kind, [self.number, header.seq], self.icc(), error, &self.parameters);
-        context.queue.push(self.number, message);
+        context.queue.push(self.number, message, Validity::default());
     }
 
     /// ABORT on the control pipe (USB CCID 1.1 §5.3.1).
@@ -324,7 +324,10 @@ impl Slot {
 
     /// The next part of a response, or all of it (bChainParameter, USB CCID 1.1 §6.2.1).
     fn next_part(&mut self, seq: u8, context: &mut Context<'_>) {
-        let Some((response, start)) = self.unread.take() else { return };
+        let Some((mut response, start)) = self.unread.take() else { return };
+        if response.validity().has_ended() {
+            response = refused(start);
+        }
         let bytes = response.as_bytes();
         let end = bytes.len().min(start + context.max_data);
         let chain = match (start == 0, end == bytes.len()) {
@@ -334,7 +337,9 @@ impl Slot {
             (false, false) => 3,
         };
         let part = bytes.get(start..end).unwrap_or_default();
-        self.answer(AnswerType::DataBlock, seq, Status::Done, chain, part, context);
+        let ids = [self.number, seq];
+        let message = answer(AnswerType::DataBlock, ids, self.icc(), Status::Done, chain, part);
+        context.queue.push(self.number, message, response.validity().clone());
         if end < bytes.len() {
             self.unread = Some((response, end));
         }
@@ -524,8 +529,13 @@ impl Slot {
         context: &mut Context<'_>,
     ) {
         let message = answer(kind, [self.number, seq], self.icc(), status, last, data);
-        context.queue.push(self.number, message);
+        context.queue.push(self.number, message, Validity::default());
     }
+}
+
+/// In place of a response that may not be read on any more, of which so many bytes were read.
+pub(crate) fn refused(read: usize) -> Response {
+    Response::new(&vec![0; read], StatusWord::SECURITY_STATUS_NOT_SATISFIED)
 }
 
 /// The two messages that a busy slot takes. CMD_SLOT_BUSY is there for both (USB CCID 1.1 §6.2.6), but neither needs

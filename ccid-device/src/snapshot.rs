@@ -7,14 +7,14 @@
 use std::time::Instant;
 
 use thiserror::Error;
-use vscard_protocol::{Atr, Response, Secret, apdu};
+use vscard_protocol::{Atr, Response, Secret, Validity, apdu};
 
 use crate::config::{ConfigError, DeviceConfig, Layout, Speed};
 use crate::descriptor::CONFIGURATION;
 use crate::device::{Device, Function};
 use crate::message::{HEADER, Header, Parameters};
 use crate::pipe::{Assembler, Item, MOST_ITEMS, Queue};
-use crate::slot::{AbortHalf, Card, Context, Slot, Work};
+use crate::slot::{AbortHalf, Card, Context, Slot, Work, refused};
 
 const MAGIC: [u8; 4] = *b"CCID";
 const VERSION: u8 = 1;
@@ -50,6 +50,9 @@ impl Device {
     ///
     /// What [`bulk_in`](Self::bulk_in) and [`interrupt_in`](Self::interrupt_in) gave and the guest does not
     /// have is to be given back first. The device goes on as if nothing had happened.
+    ///
+    /// A response with a [`Validity`] is not saved, but the status word 6982 in its place: what it depends on, as a
+    /// verified PIN, is not there where the device is restored.
     pub fn save(&self) -> Secret {
         let mut writer = Writer(Secret::from(&MAGIC[..]));
         writer.u8(VERSION);
@@ -157,6 +160,8 @@ impl Writer {
         self.optional(function.queue.ending().as_ref(), |writer, slot| writer.u8(*slot));
         self.u32(function.queue.len());
         for item in function.queue.items() {
+            let refused = item.validity.is_limited().then(|| item.refused());
+            let item = refused.as_ref().unwrap_or(item);
             self.u8(item.slot);
             self.u8(item.is_whole.into());
             self.u32(item.offset);
@@ -181,7 +186,8 @@ impl Writer {
         self.bytes(&slot.parameters.data);
         self.optional(slot.gathered.as_ref(), |writer, gathered| writer.block(gathered.expose()));
         self.optional(slot.unread.as_ref(), |writer, (response, read)| {
-            writer.block(response.as_bytes());
+            let refused = response.validity().is_limited().then(|| refused(*read));
+            writer.block(refused.as_ref().unwrap_or(response).as_bytes());
             writer.u32(*read);
         });
         self.bytes(&match slot.abort {
@@ -333,7 +339,7 @@ impl<'a> Reader<'a> {
                     })
             },
         )?;
-        Ok(Item { slot, bytes: bytes.into(), offset, is_whole })
+        Ok(Item { slot, bytes: bytes.into(), offset, is_whole, validity: Validity::default() })
     }
 
     fn slot(&mut self, slot: &mut Slot) -> Result<Option<(Work, u8)>, RestoreError> {

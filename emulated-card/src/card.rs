@@ -52,11 +52,12 @@ use vscard_protocol::atr::AtrError;
 use vscard_protocol::{Atr, Command, Response, Secret, StatusWord};
 
 use crate::applet::{Applet, Outcome, Session, cac, piv};
-use crate::keys::{KeyKind, KeyStore, Unlocked};
+use crate::keys::{KeyKind, KeyStore};
 use crate::pin::ReferenceData;
 use crate::slot::{PivSlot, SlotError};
 use crate::state::CardId;
 
+use job::Login;
 pub(crate) use job::{Complaints, KeyOperation, KeyWork, Work};
 pub use job::{Done, Job};
 
@@ -194,7 +195,7 @@ pub struct EmulatedCard {
 #[derive(Default)]
 struct Volatile {
     /// The verified PIN. A running job has it instead.
-    login: Option<Box<dyn Unlocked>>,
+    login: Option<Login>,
     /// Whether the PIN was verified and no key that asks for it each time was used since.
     fresh: bool,
     /// Index of the selected applet.
@@ -339,7 +340,8 @@ impl EmulatedCard {
     }
 
     /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; with it what a key
-    /// gave or was to get that is still here; and the administrator.
+    /// gave or was to get that is still here, and the [validity](Response::validity) of what is kept elsewhere; and the
+    /// administrator.
     pub fn logout(&mut self) {
         self.volatile.administrator = piv::Administrator::default();
         self.forget_pin();
@@ -479,7 +481,7 @@ impl EmulatedCard {
     /// A `done` from before a [`reset`](Self::reset) is dropped, and its login with it; the response is then
     /// nobody's (6985).
     pub fn finish(&mut self, done: Done) -> Response {
-        let Done { epoch, login, fresh, result } = done;
+        let Done { epoch, login, fresh, behind_pin, result } = done;
         if epoch != self.epoch {
             return StatusWord::CONDITIONS_NOT_SATISFIED.into();
         }
@@ -489,23 +491,24 @@ impl EmulatedCard {
         self.volatile.login = login.filter(|_| !forget);
         self.volatile.fresh = self.volatile.login.is_some() && (fresh || self.volatile.fresh);
         match result {
+            Ok(_) if forget && behind_pin => StatusWord::SECURITY_STATUS_NOT_SATISFIED.into(),
             Ok(data) => self.respond((le > 0).then_some(le), data, 0),
             Err(status) => status.into(),
         }
     }
 
     /// The rest of `data` from `sent` on, as much as Le allows; what is left is kept for GET RESPONSE
-    /// (ISO/IEC 7816-4:2005 §5.1.3).
+    /// (ISO/IEC 7816-4:2005 §5.1.3). Behind a verified PIN it is good only as long as that: whoever keeps it for the host
+    /// would not hear that the PIN was forgotten.
     fn respond(&mut self, le: Option<usize>, data: Secret, sent: usize) -> Response {
         let rest = data.expose().get(sent..).unwrap_or_default();
         let now = &rest[..rest.len().min(le.unwrap_or(0))];
         let left = rest.len() - now.len();
-        if left == 0 {
-            return Response::new(now, StatusWord::SUCCESS);
-        }
-        let response = Response::new(now, StatusWord::more(left));
+        let status = if left == 0 { StatusWord::SUCCESS } else { StatusWord::more(left) };
+        let validity = self.volatile.login.as_ref().filter(|_| !now.is_empty()).map(Login::validity);
+        let response = Response::new(now, status).valid(validity.unwrap_or_default());
         let sent = sent + now.len();
-        self.volatile.unread = Some((data, sent));
+        self.volatile.unread = (left > 0).then_some((data, sent));
         response
     }
 

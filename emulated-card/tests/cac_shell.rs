@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use emulated_card::pin::ReferenceData;
 use emulated_card::shell::CardSlot;
-use vscard_protocol::{Card, CardError, CardSource, Command, Limits, Presence};
+use vscard_protocol::{Card, CardError, CardSource, Command, Limits, Presence, T0};
 
 use common::{Gate, Keeper, Seen, Store, VERIFY, card_with, pki_aid, select};
 
@@ -222,6 +222,32 @@ async fn an_idle_card_forgets_the_pin() {
     slot.forget_pin(None);
     assert_eq!(status(&mut card, VERIFY).await, 0x9000);
     assert_eq!(status(&mut card, &[0x00, 0x20, 0x00, 0x00]).await, 0x9000);
+}
+
+/// As behind QEMU's own reader, where the answer waits for GET RESPONSE outside the card.
+#[tokio::test]
+async fn what_a_key_gave_is_forgotten_with_the_pin() {
+    let (slot, logged_out) = telling();
+    let slot = Arc::new(slot);
+    let mut card = T0::new(Arc::clone(&slot)).power_on(slot.insert()).await.unwrap();
+    assert_eq!(status(&mut card, VERIFY).await, 0x9000);
+    assert_eq!(status(&mut card, &select(&pki_aid(0))).await, 0x9000);
+    let sign = Command::build([0x00, 0x42, 0x00, 0x00], &[0xAA; 128], None).unwrap();
+    let get_response = command(&[0x00, 0xC0, 0x00, 0x00, 0x40]);
+    for read in [false, true] {
+        assert_eq!(card.transmit(&sign).await.unwrap().status().0, 0x6180);
+        if read {
+            let half = card.transmit(&get_response).await.unwrap();
+            assert_eq!((half.data(), half.status().0), (&[0xAA; 64][..], 0x6140));
+        }
+        slot.forget_pin(Some(Duration::from_millis(1)));
+        logged_out.recv().unwrap();
+        slot.forget_pin(None);
+        let rest = card.transmit(&get_response).await.unwrap();
+        assert_eq!((rest.data(), rest.status().0), (&[][..], 0x6985));
+        assert_eq!(card.transmit(&sign).await.unwrap().status().0, 0x6982);
+        assert_eq!(status(&mut card, VERIFY).await, 0x9000);
+    }
 }
 
 #[tokio::test]

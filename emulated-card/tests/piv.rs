@@ -7,13 +7,16 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use emulated_card::card::{CardBuildError, EmulatedCard, Profile};
+use emulated_card::card::{CardBuildError, EmulatedCard, Profile, Step};
 use emulated_card::keys::{Curve, KeyError, KeyKind, UnlockError};
 use emulated_card::pin::ReferenceData;
 use emulated_card::slot::{PivSlot, SlotError, assign};
-use vscard_protocol::{Secret, StatusWord};
+use vscard_protocol::{Command, Secret, StatusWord};
 
-use common::{PIN, Store, VERIFY_PIV, certificate, certificates, keys, noise, piv_card, send, try_card};
+use common::{
+    PIN, SELECT_PIV, Store, VERIFY_PIV, certificate, certificates, keys, noise, piv_card, pki_aid, select,
+    send, try_card,
+};
 
 fn new_card(profile: Profile, text: &str) -> EmulatedCard {
     piv_card(profile, text, ReferenceData::in_memory(3))
@@ -226,4 +229,74 @@ fn a_guest_does_not_fill_the_log_with_what_fails() {
         }
         assert_eq!(logged.load(Ordering::Relaxed), 64);
     });
+}
+
+const SIGN: &[u8] = &[0x00, 0x87, 0x11, 0x9A, 0x26, 0x7C, 0x24, 0x82, 0x00, 0x81, 0x20];
+
+fn sign(card: &mut EmulatedCard) -> vscard_protocol::Response {
+    send(card, &[SIGN, &[0xAA; 32], &[0]].concat())
+}
+
+#[test]
+fn an_answer_is_valid_as_long_as_the_pin_is() {
+    type End = fn(EmulatedCard) -> Option<EmulatedCard>;
+    let command = |card: &mut EmulatedCard, bytes: &[u8], status: u16| {
+        assert_eq!(send(card, bytes).status().0, status);
+    };
+    let ends: [End; 6] = [
+        |mut card| {
+            card.logout();
+            Some(card)
+        },
+        |mut card| {
+            card.reset();
+            Some(card)
+        },
+        |mut card| {
+            send(&mut card, b"\x00\x20\x00\x80\x08654321\xFF\xFF");
+            Some(card)
+        },
+        |mut card| {
+            send(&mut card, b"\x00\x20\xFF\x80");
+            Some(card)
+        },
+        // To the CAC, which ends PIV's.
+        |mut card| {
+            send(&mut card, &select(&pki_aid(0)));
+            Some(card)
+        },
+        |_| None,
+    ];
+    for (index, end) in ends.into_iter().enumerate() {
+        let mut card = new_card(Profile::Dual, "9a:p256,9d:2048");
+        command(&mut card, VERIFY_PIV, 0x9000);
+        let signature = sign(&mut card);
+        assert_eq!((signature.status().0, signature.data()[0]), (0x9000, 0x7C));
+        // What leaves the PIN alone.
+        command(&mut card, SELECT_PIV, 0x9000);
+        command(&mut card, b"\x00\x20\x00\x80", 0x9000);
+        command(&mut card, b"\x00\xCB\x3F\xFF\x03\x5C\x01\x7E\x00", 0x9000);
+        command(&mut card, b"\x00\x20\x00\x80\x03123", 0x6A80);
+        assert_eq!(sign(&mut card).status().0, 0x9000);
+        assert!(!signature.validity().has_ended());
+        let card = end(card);
+        assert!(signature.validity().has_ended(), "end {index}");
+        if let Some(mut card) = card {
+            assert_ne!(send(&mut card, b"\x00\x20\x00\x80").status().0, 0x9000, "end {index}");
+            // What nobody needs a PIN for.
+            let open = send(&mut card, SELECT_PIV);
+            assert!(!open.validity().is_limited());
+        }
+    }
+}
+
+#[test]
+fn what_a_key_gives_after_the_pin_was_forgotten_is_for_nobody() {
+    let mut card = new_card(Profile::Piv, "9a:p256");
+    assert_eq!(send(&mut card, VERIFY_PIV).status().0, 0x9000);
+    let sign = Command::parse(&[SIGN, &[0xAA; 32], &[0]].concat()).unwrap();
+    let Step::Work(job) = card.command(&sign) else { panic!("a signature is work") };
+    card.logout();
+    let response = card.finish(job.run());
+    assert_eq!((response.data(), response.status().0), (&[][..], 0x6982));
 }

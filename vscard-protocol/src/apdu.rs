@@ -4,7 +4,7 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::Secret;
+use crate::{Secret, Validity};
 
 /// Longest command APDU: extended length, 65 535 bytes of data and a three-byte length on both sides.
 pub const MAX_COMMAND: usize = 4 + 3 + 65_535 + 2;
@@ -55,6 +55,12 @@ pub mod ins {
     pub const SELECT: u8 = 0xA4;
     /// READ BINARY.
     pub const READ_BINARY: u8 = 0xB0;
+    /// READ BINARY, odd instruction (offset as BER-TLV in the body).
+    pub const READ_BINARY_ODD: u8 = 0xB1;
+    /// READ RECORD.
+    pub const READ_RECORD: u8 = 0xB2;
+    /// READ RECORD, odd instruction (offset as BER-TLV in the body).
+    pub const READ_RECORD_ODD: u8 = 0xB3;
     /// GET RESPONSE.
     pub const GET_RESPONSE: u8 = 0xC0;
     /// ENVELOPE.
@@ -88,7 +94,8 @@ pub mod ins {
             GET_CHALLENGE => "GET CHALLENGE",
             GENERAL_AUTHENTICATE => "GENERAL AUTHENTICATE",
             SELECT => "SELECT",
-            READ_BINARY => "READ BINARY",
+            READ_BINARY | READ_BINARY_ODD => "READ BINARY",
+            READ_RECORD | READ_RECORD_ODD => "READ RECORD",
             GET_RESPONSE => "GET RESPONSE",
             ENVELOPE => "ENVELOPE",
             GET_DATA | GET_DATA_ODD => "GET DATA",
@@ -468,6 +475,7 @@ pub enum ResponseError {
 pub struct Response {
     /// Data and status word together, as they go over a wire.
     raw: Secret,
+    validity: Validity,
 }
 
 impl Response {
@@ -480,7 +488,7 @@ impl Response {
         let mut raw = Vec::with_capacity(data.len() + 2);
         raw.extend_from_slice(data);
         raw.extend_from_slice(&status.0.to_be_bytes());
-        Self { raw: Secret::new(raw) }
+        Self { raw: Secret::new(raw), validity: Validity::default() }
     }
 
     /// Splits bytes into data and status word.
@@ -491,8 +499,19 @@ impl Response {
         match bytes.len() {
             length @ 0..=1 => Err(ResponseError::Short(length)),
             length if length > MAX_RESPONSE => Err(ResponseError::Long(length)),
-            _ => Ok(Self { raw: Secret::from(bytes) }),
+            _ => Ok(Self { raw: Secret::from(bytes), validity: Validity::default() }),
         }
+    }
+
+    /// The same response, to be handed out only as long as that.
+    #[must_use]
+    pub fn valid(self, validity: Validity) -> Self {
+        Self { validity, ..self }
+    }
+
+    /// For how long it may be handed out.
+    pub fn validity(&self) -> &Validity {
+        &self.validity
     }
 
     /// The data, without the status word.

@@ -88,7 +88,6 @@ impl ClientConfig {
 pub struct Token(u64);
 
 /// What happens to a [`Client`].
-#[derive(Debug)]
 pub enum Input<'a> {
     /// Bytes from the host.
     Received(&'a [u8]),

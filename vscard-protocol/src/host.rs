@@ -34,7 +34,6 @@ const BETWEEN_CARDS: Duration = Duration::from_secs(1);
 pub struct Token(pub u64);
 
 /// What happens to a [`Host`].
-#[derive(Debug)]
 pub enum Input<'a> {
     /// Bytes from the client.
     Received(&'a [u8]),

@@ -20,6 +20,7 @@ mod secret;
 mod t0;
 #[cfg(feature = "trace")]
 pub mod trace;
+mod validity;
 
 pub use apdu::{Case, Command, CommandError, Response, ResponseError, StatusWord};
 pub use atr::Atr;
@@ -30,3 +31,4 @@ pub use lines::{LogBudget, LogLines};
 pub use secret::Secret;
 #[cfg(feature = "source")]
 pub use t0::T0;
+pub use validity::Validity;

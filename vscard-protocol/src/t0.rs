@@ -4,9 +4,7 @@ use async_trait::async_trait;
 
 use crate::apdu::ins;
 use crate::card::PresenceWatch;
-use crate::{
-    Atr, Card, CardError, CardSource, Case, Command, Limits, Presence, Response, Secret, StatusWord,
-};
+use crate::{Atr, Card, CardError, CardSource, Case, Command, Limits, Presence, Response, StatusWord};
 
 /// A source whose cards look like T=0 cards with short APDUs.
 ///
@@ -15,7 +13,8 @@ use crate::{
 /// longer than 256 bytes is handed out in the same way. 6CXX to an Le that was added here is answered here, and a card
 /// that finds the command too long with it (6700) gets it as it came. No Le is added to what never has response data: a
 /// command that compares or changes a PIN, which is not to be sent twice, and the pieces of a chain.
-/// A correct Le is never refused: what is shorter than Le is simply shorter.
+/// A correct Le is never refused: what is shorter than Le is simply shorter. What waits when its [`Validity`](crate::Validity) ends, as
+/// when a verified PIN is forgotten, is gone, and GET RESPONSE is the card's to answer.
 pub struct T0<S>(S);
 
 impl<S: CardSource> T0<S> {
@@ -42,8 +41,7 @@ impl<S: CardSource> CardSource for T0<S> {
         let presence = self.0.presence();
         let card = self.0.power_on(insertion).await?;
         let atr = as_t0(card.atr());
-        let (rest, last) = (Secret::default(), StatusWord::SUCCESS);
-        Ok(Box::new(T0Card { card, atr, presence, insertion, rest, last }))
+        Ok(Box::new(T0Card { card, atr, presence, insertion, rest: None }))
     }
 }
 
@@ -57,22 +55,21 @@ struct T0Card {
     atr: Atr,
     presence: PresenceWatch,
     insertion: u64,
-    /// Response bytes that GET RESPONSE has not fetched yet.
-    rest: Secret,
-    /// Status word that follows them.
-    last: StatusWord,
+    /// The response that GET RESPONSE has not fetched in full, and how much it has.
+    rest: Option<(Response, usize)>,
 }
 
 impl T0Card {
-    /// At most `le` bytes of what waits, and the status word that goes with them.
-    fn next_part(&mut self, le: usize) -> Response {
-        let rest = std::mem::take(&mut self.rest);
-        let (now, later) = rest.expose().split_at(le.min(rest.len()));
-        if later.is_empty() {
-            return Response::new(now, self.last);
-        }
-        self.rest = Secret::from(later);
-        Response::new(now, StatusWord::more(later.len()))
+    /// At most `le` bytes of a response from `start` on, and the status word that goes with them.
+    fn part(&mut self, response: Response, start: usize, le: usize) -> Response {
+        let rest = response.data().get(start..).unwrap_or_default();
+        let (now, later) = rest.split_at(le.min(rest.len()));
+        let read = start + now.len();
+        let last = later.is_empty();
+        let status = if last { response.status() } else { StatusWord::more(later.len()) };
+        let part = Response::new(now, status).valid(response.validity().clone());
+        self.rest = (!last).then_some((response, read));
+        part
     }
 }
 
@@ -103,16 +100,15 @@ impl Card for T0Card {
     }
 
     async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
-        if command.ins() == ins::GET_RESPONSE && !self.rest.is_empty() {
+        let rest = self.rest.take().filter(|(response, _)| !response.validity().has_ended());
+        if let Some((response, start)) = rest.filter(|_| command.ins() == ins::GET_RESPONSE) {
             if self.presence.get().insertion() != Some(self.insertion) {
-                self.rest = Secret::default();
                 return Err(CardError::Removed);
             }
-            return Ok(self.next_part(command.le().unwrap_or(256).min(256)));
+            return Ok(self.part(response, start, command.le().unwrap_or(256).min(256)));
         }
-        self.rest = Secret::default();
         let data_only = matches!(command.case(), Case::C3Short | Case::C3Extended);
-        let mut response = if data_only && !has_no_response(command) {
+        let response = if data_only && !has_no_response(command) {
             let with_le = |le| {
                 Command::build(command.header(), command.data(), Some(le))
                     .map_err(|error| CardError::Failed(error.to_string()))
@@ -130,13 +126,7 @@ impl Card for T0Card {
             self.card.transmit(command).await?
         };
         let at_once = if data_only { 0 } else { command.le().unwrap_or(256).min(256) };
-        if response.data().len() > at_once {
-            self.rest = Secret::from(response.data());
-            self.last = response.status();
-            response =
-                if at_once == 0 { StatusWord::more(self.rest.len()).into() } else { self.next_part(at_once) };
-        }
-        Ok(response)
+        Ok(if response.data().len() > at_once { self.part(response, 0, at_once) } else { response })
     }
 }
 
@@ -147,12 +137,15 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
+    use crate::Validity;
 
     /// Answers from a list and keeps what it was sent.
     #[derive(Default)]
     struct Script {
         answers: Mutex<Vec<Vec<u8>>>,
         sent: Mutex<Vec<Vec<u8>>>,
+        /// What the answers' validity depends on, if on anything.
+        login: Mutex<Option<Arc<()>>>,
     }
 
     struct ScriptCard(Arc<Script>, Atr);
@@ -165,7 +158,9 @@ mod tests {
 
         async fn transmit(&mut self, command: &Command) -> Result<Response, CardError> {
             self.0.sent.lock().unwrap().push(command.as_bytes().to_vec());
-            Ok(Response::parse(&self.0.answers.lock().unwrap().remove(0)).unwrap())
+            let response = Response::parse(&self.0.answers.lock().unwrap().remove(0)).unwrap();
+            let login = self.0.login.lock().unwrap();
+            Ok(response.valid(login.as_ref().map(Validity::of).unwrap_or_default()))
         }
     }
 
@@ -312,5 +307,30 @@ mod tests {
         assert_eq!(card.transmit(&get_response).await.unwrap().as_bytes(), [1, 0x61, 2]);
         source.0.1.send_replace(present(2));
         assert_eq!(card.transmit(&get_response).await.err(), Some(CardError::Removed));
+    }
+
+    #[tokio::test]
+    async fn what_a_key_gave_does_not_outlive_the_pin() {
+        let decrypted = [&[7; 264][..], &[0x90, 0]].concat();
+        let decipher = Command::parse(&[0, 0x87, 7, 0x9D, 2, 0x7C, 0]).unwrap();
+        let get_response = Command::parse(&[0, 0xC0, 0, 0, 0]).unwrap();
+        // Of which nothing was read, and of which a part was.
+        for read in [false, true] {
+            let (source, script) = source(&[&decrypted, &[0x69, 0x85], &[0x69, 0x82]]);
+            *script.login.lock().unwrap() = Some(Arc::default());
+            let mut card = source.power_on(1).await.unwrap();
+            assert_eq!(card.transmit(&decipher).await.unwrap().as_bytes(), [0x61, 0]);
+            if read {
+                let part = card.transmit(&get_response).await.unwrap();
+                assert_eq!(part.as_bytes(), [&[7; 256][..], &[0x61, 8]].concat());
+                assert!(!part.validity().has_ended());
+                *script.login.lock().unwrap() = None;
+                assert!(part.validity().has_ended());
+            }
+            *script.login.lock().unwrap() = None;
+            // The card's own answer, now that it has forgotten the PIN.
+            assert_eq!(card.transmit(&get_response).await.unwrap().as_bytes(), [0x69, 0x85]);
+            assert_eq!(card.transmit(&decipher).await.unwrap().as_bytes(), [0x69, 0x82]);
+        }
     }
 }

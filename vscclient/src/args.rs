@@ -151,7 +151,7 @@ pub(crate) struct Connection {
     /// End when the connection fails or is lost
     #[arg(long)]
     pub(crate) no_reconnect: bool,
-    /// Print each APDU on a line of its own, without PINs and the answers to private-key operations
+    /// Print each APDU on a line of its own, with the bodies and answers of SELECT and what only reads
     #[arg(long)]
     pub(crate) trace: bool,
     /// Let TCP leave this machine: everything, the PIN too, can be read on the way

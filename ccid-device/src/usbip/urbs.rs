@@ -42,7 +42,6 @@ mod status {
 }
 
 /// What happens to a [`Urbs`].
-#[derive(Debug)]
 pub enum Input<'a> {
     /// Bytes from the client.
     Received(&'a [u8]),

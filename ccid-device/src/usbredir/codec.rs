@@ -265,7 +265,6 @@ pub(super) enum Transfer {
 }
 
 /// A packet to the guest's side.
-#[derive(Debug)]
 pub(super) enum Reply<'a> {
     Hello,
     DeviceConnect(DeviceConnect),

@@ -17,14 +17,16 @@
 //!   is cancelled, or until the device is reset or leaves, which answers it as cancelled.
 //! * **An answer that crossed its cancel is lost** to the guest, since QEMU drops it; so the last answers are kept,
 //!   and one that is cancelled after all goes back to the device.
-//! * **A session that goes on repeats** what was sent since the last sign of life on the connection before: the QEMU
-//!   that stopped may have left it unread. QEMU drops an answer that it does not wait for.
+//! * **A session that goes on repeats** what was sent since the last sign of life on the connection before: the
+//!   QEMU that stopped may have left it unread. QEMU drops an answer that it does not wait for. What a key gave is not
+//!   repeated after the PIN was forgotten.
 
 mod codec;
 mod endpoint;
 mod session;
 #[cfg(test)]
 mod tests;
+mod unread;
 mod waiting;
 
 pub use codec::{DecodeError, PacketType};

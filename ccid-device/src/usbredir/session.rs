@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use vscard_protocol::Secret;
+use vscard_protocol::{Secret, Validity};
 
 use super::codec::{
     Caps, Control, DecodeError, Decoder, DeviceConnect, EpInfo, EpPlace, InterfaceInfo, PacketType, Reply,
     Request, RequestBody, Status, Transfer, encode,
 };
 use super::endpoint::{BulkIn, InterruptIn, MOST_PENDING, Pending};
+use super::unread::Unread;
 use super::waiting::{First, MOST_HELD, MOST_WAITING, Said, Waiting};
 use crate::usbip::management::GONE_WAIT;
 use crate::{ControlOutcome, Device, EndpointKind, InOutcome, Setup, Speed, Topology, TransferOutcome};
@@ -19,10 +20,6 @@ use crate::{ControlOutcome, Device, EndpointKind, InOutcome, Setup, Speed, Topol
 const MOST_OUTPUT: usize = 4 << 20;
 /// Things told about one session's nonsense.
 const MOST_TOLD: u32 = 32;
-/// Packets kept, should the QEMU they went to have stopped before it read them.
-const MOST_UNREAD: usize = 256;
-/// Bytes of them.
-const MOST_UNREAD_BYTES: usize = 512 * 1024;
 /// Notifications sent to one endpoint at a time.
 const MOST_NOTIFICATIONS: usize = 16;
 
@@ -38,7 +35,6 @@ const NO_ENDPOINT: u8 = 0x83;
 pub struct ConnectionId(pub u64);
 
 /// What happens to a [`Session`].
-#[derive(Debug)]
 pub enum Input<'a> {
     /// There is a connection, made or accepted. Nothing is sent before its first packet.
     Connected(ConnectionId),
@@ -260,25 +256,6 @@ impl Guest {
 /// Whether an endpoint's address, or a request's type, is of the direction towards the guest (USB 2.0 §9.6.6).
 fn is_in(address: u8) -> bool {
     address & 0x80 != 0
-}
-
-/// Packets that nothing shows to have been read: there has been no sign of life since they were sent.
-#[derive(Default)]
-struct Unread {
-    /// The id of the request, for an answer; the bytes.
-    packets: VecDeque<(Option<u64>, Secret)>,
-    bytes: usize,
-}
-
-impl Unread {
-    fn push(&mut self, id: Option<u64>, packet: &Secret) {
-        self.bytes += packet.len();
-        self.packets.push_back((id, packet.clone()));
-        while self.packets.len() > MOST_UNREAD || self.bytes > MOST_UNREAD_BYTES {
-            let Some((_, packet)) = self.packets.pop_front() else { return };
-            self.bytes -= packet.len();
-        }
-    }
 }
 
 impl Default for Session {
@@ -573,8 +550,9 @@ impl Session {
         self.notice(Notice::Continued);
         self.packets(held.expose(), &mut unread, device, now);
         // After its first packets: what they ask for anew must not be answered by what is repeated.
-        for (request, packet) in unread.packets {
+        for (request, packet, validity) in unread.valid() {
             self.send_bytes(request, packet, true);
+            self.limit_unread(validity);
         }
         self.settle_attachment();
     }
@@ -600,7 +578,7 @@ impl Session {
             match decoded {
                 Ok(request) => {
                     if !matches!(request.body, RequestBody::Cancel) {
-                        unread.packets.retain(|(id, _)| *id != Some(request.id));
+                        unread.drop_answers(request.id);
                         self.give_back(device);
                     }
                     self.request(request, device, now);
@@ -1022,6 +1000,7 @@ impl Session {
         match outcome {
             InOutcome::Data(data) => {
                 self.answer_bulk_in(endpoint, pending, Status::SUCCESS, data.expose());
+                self.limit_unread(device.bulk_in_validity(endpoint));
                 // One that wants nothing takes nothing from the device.
                 if pending.length > 0 {
                     self.guest.as_mut()?.bulk_in.get_mut(index)?.answered(pending.id, data, now);
@@ -1087,6 +1066,13 @@ impl Session {
         }
         self.output_bytes += packet.len();
         self.output.push_back(Output::Send(connection, packet));
+    }
+
+    /// What was sent last may be repeated only as long as that.
+    fn limit_unread(&mut self, validity: Validity) {
+        if let Some(guest) = &mut self.guest {
+            guest.unread.limit(validity);
+        }
     }
 
     fn notice(&mut self, notice: Notice) {

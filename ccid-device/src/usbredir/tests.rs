@@ -1,10 +1,11 @@
 //! The session against a model of QEMU's side, with a real device and a card that echoes.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use vscard_protocol::{Atr, Response};
+use vscard_protocol::{Atr, Response, Validity};
 
 use super::codec::{Caps, MAX_DATA, PacketType};
 use super::endpoint::MOST_PENDING;
@@ -1188,6 +1189,30 @@ fn what_the_stopped_vm_did_not_read_is_repeated() {
     world.reads_nothing();
     let ids: Vec<_> = world.take(3).iter().map(|packet| packet.id).collect();
     assert_eq!(ids, [6, 5]);
+}
+
+#[test]
+fn what_a_key_gave_is_not_repeated_once_the_pin_is_forgotten() {
+    for forgotten in [false, true] {
+        let mut world = World::started();
+        world.power_on(1);
+        world.prompt = false;
+        world.ask(1, 1);
+        world.out(1, 2, &ccid(0x6F, 1, &COMMAND));
+        world.expect_out_done(1, 2);
+        let (token, _) = world.commands.pop_front().unwrap();
+        let pin = Arc::new(());
+        let response = Response::parse(&[0xA5, 0x90, 0x00]).unwrap().valid(Validity::of(&pin));
+        world.device.complete(token, Outcome::Response(response), world.now);
+        world.input(Input::DeviceReady);
+        let answer = world.take_one(1);
+        let _pin = (!forgotten).then_some(pin);
+        world.connect_destination(1, 2);
+        world.send(2, PacketType::GET_CONFIGURATION, 2, &[]);
+        let packets = world.take(2);
+        assert_eq!(packets.len(), if forgotten { 1 } else { 2 }, "{packets:?}");
+        assert_eq!(packets.contains(&answer), !forgotten);
+    }
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! APDUs longer than a message (USB CCID 1.1 §6.1.4, §6.2.1).
 
-use ccid_device::{Action, InOutcome, Layout, Outcome};
+use std::sync::Arc;
+
+use ccid_device::{Action, Device, InOutcome, Layout, Outcome};
 use proptest::prelude::*;
-use vscard_protocol::{Command, Response, StatusWord};
+use vscard_protocol::{Command, Response, StatusWord, Validity};
 
 use crate::guest::{Guest, IN, OUT, atr, message};
 
@@ -188,5 +190,101 @@ proptest! {
         }
         prop_assert!(short, "no end");
         prop_assert_eq!(answer.len(), 10 + command.as_bytes().len() + 2);
+    }
+}
+
+/// The card's answer to a command, good as long as the PIN is verified: 600 bytes that are secret, and 9000.
+fn decrypted(guest: &mut Guest, pin: &Arc<()>) -> Response {
+    guest.send("6F 05000000 00 01 00 0000 00 87 07 9D 00");
+    let (token, _) = guest.transmit();
+    let response = Response::new(&[0xA5; 600], StatusWord::SUCCESS).valid(Validity::of(pin));
+    guest.complete(token, Outcome::Response(response.clone()));
+    response
+}
+
+#[test]
+fn what_waits_when_the_pin_is_forgotten_is_not_read() {
+    let refused = |chain: u8, seq: u8| Some(message(0x80, 0, seq, [0, 0, chain], &[0x69, 0x82]));
+    let read = |guest: &mut Guest| guest.read_bytes().map(|answer| answer.expose().to_vec());
+    let next = |guest: &mut Guest| {
+        guest.send("6F 00000000 00 02 00 1000");
+        guest.read_bytes().map(|answer| answer.expose().to_vec())
+    };
+    for max_message in [271, 65_554] {
+        // Before the guest has read any of it.
+        let (mut guest, pin) = (Guest::powered(max_message), Arc::new(()));
+        decrypted(&mut guest, &pin);
+        drop(pin);
+        assert_eq!(read(&mut guest), refused(0, 1));
+        assert_eq!(read(&mut guest), None);
+        // The slot goes on.
+        assert_eq!(
+            guest.ask("6F 04000000 00 03 00 0000 00A40400"),
+            "800600000000030000 00 00A404009000".replace(' ', "")
+        );
+    }
+    // Between two parts of it.
+    let (mut guest, pin) = (Guest::powered(271), Arc::new(()));
+    decrypted(&mut guest, &pin);
+    assert_eq!(read(&mut guest), Some(message(0x80, 0, 1, [0, 0, 1], &[0xA5; 261])));
+    drop(pin);
+    assert_eq!(next(&mut guest), refused(2, 2));
+    assert_eq!(next(&mut guest), Some(message(0x80, 0, 2, [0x40, 8, 0], &[])), "the chain is over");
+    // With the second part asked for and not read.
+    let (mut guest, pin) = (Guest::powered(271), Arc::new(()));
+    decrypted(&mut guest, &pin);
+    read(&mut guest);
+    guest.send("6F 00000000 00 02 00 1000");
+    drop(pin);
+    assert_eq!(read(&mut guest), refused(2, 2));
+}
+
+/// A guest that has begun to read knows how much comes.
+#[test]
+fn what_was_begun_to_be_read_ends_as_long_as_it_was() {
+    for (given, given_back) in [(1, 0), (2, 0), (1, 1), (3, 2), (9, 0), (9, 9), (10, 1), (10, 10)] {
+        let (mut guest, pin) = (Guest::powered(65_554), Arc::new(()));
+        let response = decrypted(&mut guest, &pin);
+        let whole = message(0x80, 0, 1, [0, 0, 0], response.as_bytes());
+        let packet = |guest: &mut Guest| match guest.device.bulk_in(IN, 64) {
+            InOutcome::Data(data) => Some(data),
+            _ => None,
+        };
+        let mut packets: Vec<_> = std::iter::from_fn(|| packet(&mut guest)).take(given).collect();
+        drop((pin, response));
+        for _ in 0..given_back {
+            let data = packets.pop().unwrap();
+            guest.device.bulk_in_return(IN, data);
+        }
+        let kept: Vec<u8> = packets.iter().flat_map(|packet| packet.expose()).copied().collect();
+        assert_eq!(kept, whole[..kept.len()]);
+        let rest: Vec<u8> =
+            std::iter::from_fn(|| packet(&mut guest)).flat_map(|packet| packet.expose().to_vec()).collect();
+        assert!(!rest.contains(&0xA5), "{given} given, {given_back} given back");
+        match kept.len() {
+            0 => assert!(rest.ends_with(&[0x69, 0x82])),
+            612 => assert!(rest.is_empty()),
+            // One byte of a status word is no answer of a key.
+            kept => assert_eq!((kept + rest.len(), rest.ends_with(&[0x69, 0x82])), (612, true)),
+        }
+    }
+}
+
+#[test]
+fn what_a_key_gave_is_not_saved() {
+    for max_message in [271, 65_554] {
+        let (mut guest, pin) = (Guest::powered(max_message), Arc::new(()));
+        decrypted(&mut guest, &pin);
+        if max_message == 271 {
+            guest.read_bytes().unwrap();
+        }
+        let saved = guest.device.save();
+        assert!(!saved.expose().contains(&0xA5));
+        guest.device = Device::restore(guest.config.clone(), saved.expose(), guest.now).unwrap();
+        if max_message == 271 {
+            guest.send("6F 00000000 00 02 00 1000");
+        }
+        let answer = guest.read().unwrap();
+        assert!(answer.ends_with("6982"), "{answer}");
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
-use vscard_protocol::{LogBudget, Secret, StatusWord};
+use vscard_protocol::{LogBudget, Secret, StatusWord, Validity};
 
 use crate::applet::piv;
 use crate::keys::writable::{Writable, WriteError};
@@ -15,7 +15,7 @@ use crate::slot::PivSlot;
 #[must_use = "a job that is not run leaves the command unanswered"]
 pub struct Job {
     pub(super) epoch: u64,
-    pub(super) login: Option<Box<dyn Unlocked>>,
+    pub(super) login: Option<Login>,
     pub(super) store: Arc<dyn KeyStore>,
     pub(super) reference: Arc<ReferenceData>,
     pub(super) complaints: Complaints,
@@ -26,10 +26,26 @@ pub struct Job {
 #[must_use = "the command stays unanswered until the card has this"]
 pub struct Done {
     pub(super) epoch: u64,
-    pub(super) login: Option<Box<dyn Unlocked>>,
+    pub(super) login: Option<Login>,
     /// Whether the PIN has just been verified.
     pub(super) fresh: bool,
+    /// Whether the result is what a key gave behind the PIN.
+    pub(super) behind_pin: bool,
     pub(super) result: Result<Secret, StatusWord>,
+}
+
+/// A verified PIN.
+pub(super) struct Login {
+    /// Dropped first: whoever hears of the logout finds it ended.
+    life: Arc<()>,
+    unlocked: Box<dyn Unlocked>,
+}
+
+impl Login {
+    /// Of what is given while it lasts.
+    pub(super) fn validity(&self) -> Validity {
+        Validity::of(&self.life)
+    }
 }
 
 /// What a job does.
@@ -103,13 +119,12 @@ impl Complaints {
     }
 }
 
-type Login = Option<Box<dyn Unlocked>>;
-
 impl Job {
     /// Does the work, on the calling thread.
     pub fn run(self) -> Done {
         let Self { epoch, login, store, reference, complaints, work } = self;
         let fresh = matches!(work, Work::Verify(_));
+        let behind_pin = matches!(&work, Work::Key(work) if work.needs_pin);
         let (login, result) = match work {
             Work::TriesLeft => {
                 let status = match reference.tries_left() {
@@ -148,20 +163,20 @@ impl Job {
                 (login, key.map(|key| piv::public_key(&key)))
             }
         };
-        Done { epoch, fresh: fresh && login.is_some(), login, result }
+        Done { epoch, fresh: fresh && login.is_some(), behind_pin, login, result }
     }
 }
 
 impl KeyWork {
     fn run(
         self,
-        login: Login,
+        login: Option<Login>,
         store: &dyn KeyStore,
         reference: &ReferenceData,
         complaints: &Complaints,
-    ) -> (Login, Result<Secret, StatusWord>) {
+    ) -> (Option<Login>, Result<Secret, StatusWord>) {
         if let Some(login) = login {
-            let (result, goes_on) = self.run_with(&*login, complaints);
+            let (result, goes_on) = self.run_with(&*login.unlocked, complaints);
             return (goes_on.then_some(login), result);
         }
         if self.needs_pin {
@@ -215,9 +230,9 @@ fn write<T>(
 fn logged_in(
     complaints: &Complaints,
     result: Result<Box<dyn Unlocked>, PinError>,
-) -> (Login, Result<Secret, StatusWord>) {
+) -> (Option<Login>, Result<Secret, StatusWord>) {
     match result {
-        Ok(login) => (Some(login), Ok(Secret::default())),
+        Ok(unlocked) => (Some(Login { life: Arc::default(), unlocked }), Ok(Secret::default())),
         Err(error) => (None, Err(complaints.pin(&error))),
     }
 }

@@ -2,101 +2,77 @@
 
 use std::fmt::Write;
 
+use super::harmless::Harmless;
 use crate::apdu::{aid, ins};
-use crate::{Command, StatusWord};
+use crate::{Command, Response, StatusWord};
 
 /// Most bytes of a body that are shown.
 const SHOWN: usize = 32;
 
-/// Turns exchanges into lines and keeps secrets out of them.
-///
-/// It works on raw bytes, whatever the class byte and however malformed the rest, and fails closed:
-/// the bodies with reference data, of PERFORM SECURITY OPERATION and of ENVELOPE are masked from the length byte on, as
-/// are the answers to private-key operations, the parts that GET RESPONSE fetches included.
+/// Turns exchanges into lines and keeps out of them what is not known to be harmless: of that there is the header, the
+/// lengths and the status.
 #[derive(Debug, Default)]
-pub(super) struct Redactor {
-    /// The last command that was not GET RESPONSE had a secret answer.
-    answer_is_secret: bool,
+pub(super) struct Redactor(Harmless);
+
+/// A command that is about to be sent.
+pub(super) struct Line {
+    text: String,
+    /// The logical channel of a command that may be shown.
+    harmless: Option<u8>,
 }
 
 impl Redactor {
-    /// A command on its own, for one that got no response.
-    pub(super) fn command(&mut self, command: &[u8]) -> String {
-        self.note(command);
-        describe(command)
+    pub(super) fn begin(&mut self, command: &Command) -> Line {
+        let harmless = self.0.begin(command);
+        Line { text: describe(command, harmless.is_some()), harmless }
     }
 
     /// A command and its response.
-    pub(super) fn exchange(&mut self, command: &[u8], response: &[u8]) -> String {
-        let mut line = self.command(command);
-        let (data, status) = response.split_at(response.len().saturating_sub(2));
-        line.push_str(" | ");
-        match status {
-            [sw1, sw2] => {
-                let status = StatusWord(u16::from_be_bytes([*sw1, *sw2]));
-                let _ = write!(line, "{status}{}", meaning(status));
-            }
-            _ => line.push_str("no status word"),
-        }
+    pub(super) fn end(
+        &mut self,
+        Line { text: mut line, harmless }: Line,
+        command: &Command,
+        response: &Response,
+    ) -> String {
+        let (data, status) = (response.data(), response.status());
+        let _ = write!(line, " | {status}{}", meaning(status, command));
         if !data.is_empty() {
-            let _ = write!(line, ", {} bytes: ", data.len());
-            line.push_str(&if self.answer_is_secret { "(secret)".into() } else { hex(data) });
+            let _ = write!(line, ", {} bytes{}", data.len(), body(data, harmless.is_some()));
+        }
+        if let Some(channel) = harmless {
+            self.0.answered(command, channel, status);
         }
         line
     }
+}
 
-    fn note(&mut self, command: &[u8]) {
-        match command.get(1) {
-            // A cut command tells nothing about what comes next.
-            None | Some(&ins::GET_RESPONSE) => {}
-            Some(
-                &ins::SIGN_DECRYPT
-                | &ins::GENERAL_AUTHENTICATE
-                | &ins::PERFORM_SECURITY_OPERATION
-                | &ins::ENVELOPE,
-            ) => self.answer_is_secret = true,
-            _ => self.answer_is_secret = false,
-        }
+impl Line {
+    /// For a command that got no response.
+    pub(super) fn into_text(self) -> String {
+        self.text
     }
 }
 
-fn body_is_secret(ins: u8) -> bool {
-    // What ENVELOPE wraps may be any of the others.
-    ins::has_reference_data(ins) || matches!(ins, ins::PERFORM_SECURITY_OPERATION | ins::ENVELOPE)
-}
-
-fn describe(bytes: &[u8]) -> String {
-    let Some([cla, ins, p1, p2]) = bytes.first_chunk() else {
-        // Even a cut header may be that of VERIFY.
-        return format!("malformed command of {} bytes", bytes.len());
-    };
-    let name = ins::name(*ins).map_or_else(|| format!("INS {ins:02X}"), str::to_owned);
+fn describe(command: &Command, shown: bool) -> String {
+    let [cla, ins, p1, p2] = command.header();
+    let name = ins::name(ins).map_or_else(|| format!("INS {ins:02X}"), str::to_owned);
     let mut line = format!("{name} | {cla:02X} {ins:02X} {p1:02X} {p2:02X}");
-    if bytes.len() == 4 {
-        return line;
-    }
-    if body_is_secret(*ins) {
-        line.push_str(" (secret)");
-        return line;
-    }
-    match Command::parse(bytes) {
-        Ok(command) => {
-            let data = command.data();
-            if !data.is_empty() {
-                let _ = write!(line, " Lc {}: {}", data.len(), hex(data));
-                if let Some(name) = aid::name(data).filter(|_| *ins == ins::SELECT) {
-                    let _ = write!(line, " ({name})");
-                }
-            }
-            if let Some(le) = command.le() {
-                let _ = write!(line, " Le {le}");
-            }
+    let data = command.data();
+    if !data.is_empty() {
+        let _ = write!(line, " Lc {}{}", data.len(), body(data, shown));
+        if let Some(name) = aid::name(data).filter(|_| shown && ins == ins::SELECT) {
+            let _ = write!(line, " ({name})");
         }
-        Err(_) => {
-            let _ = write!(line, " malformed, {} bytes", bytes.len());
-        }
+    }
+    // What compares a PIN has no response data: its Le may be the last byte of a PIN behind a wrong Lc.
+    if let Some(le) = command.le().filter(|_| !ins::has_reference_data(ins)) {
+        let _ = write!(line, " Le {le}");
     }
     line
+}
+
+fn body(bytes: &[u8], shown: bool) -> String {
+    if shown { format!(": {}", hex(bytes)) } else { " (not shown)".into() }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -110,8 +86,12 @@ fn hex(bytes: &[u8]) -> String {
     text
 }
 
-fn meaning(status: StatusWord) -> String {
+fn meaning(status: StatusWord, command: &Command) -> String {
+    // Without a body VERIFY only asks, unless P1 = FF (ISO/IEC 7816-4 §11.6.6, SP 800-73-4 Part 2 §3.2.1).
+    let empty = command.data().is_empty();
+    let asks = empty && command.ins() & 0xFE == ins::VERIFY && command.p1() != 0xFF;
     let text = match status {
+        StatusWord::SUCCESS if asks => "verification not required",
         StatusWord::SUCCESS => "success",
         StatusWord::MEMORY_FAILURE => "memory failure",
         StatusWord::WRONG_LENGTH => "wrong length",
@@ -128,65 +108,12 @@ fn meaning(status: StatusWord) -> String {
             (0x61, 0) => return " (256 or more bytes wait)".into(),
             (0x61, left) => return format!(" ({left} bytes wait)"),
             (0x6C, exact) => return format!(" (wrong Le, {exact} is right)"),
-            (0x63, left) if left & 0xF0 == 0xC0 => return format!(" (wrong, {} tries left)", left & 0x0F),
+            (0x63, left) if left & 0xF0 == 0xC0 => {
+                let wrong = if empty { "" } else { "wrong, " };
+                return format!(" ({wrong}{} tries left)", left & 0x0F);
+            }
             _ => return String::new(),
         },
     };
     format!(" ({text})")
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn an_exchange_is_one_readable_line() {
-        let mut redactor = Redactor::default();
-        let select = [0, 0xA4, 4, 0, 7, 0xA0, 0, 0, 0, 0x79, 1, 0, 0];
-        assert_eq!(
-            redactor.exchange(&select, &[0x6F, 0x00, 0x90, 0x00]),
-            "SELECT | 00 A4 04 00 Lc 7: A0000000790100 (CAC PKI container) Le 256 | 9000 (success), 2 bytes: 6F00"
-        );
-        assert_eq!(
-            redactor.exchange(&[0, 0x20, 0, 0, 4, 0x31, 0x32, 0x33, 0x34], &[0x63, 0xC2]),
-            "VERIFY | 00 20 00 00 (secret) | 63C2 (wrong, 2 tries left)"
-        );
-    }
-
-    #[test]
-    fn a_decrypted_block_stays_secret_through_get_response() {
-        let mut redactor = Redactor::default();
-        redactor.exchange(&[0x80, 0x42, 0, 0, 1, 9], &[0x61, 0x02]);
-        let line = redactor.exchange(&[0, 0xC0, 0, 0, 2], &[0xAB, 0xCD, 0x90, 0]);
-        assert!(line.contains("(secret)") && !line.contains("ABCD"), "{line}");
-        let line = redactor.exchange(&[0, 0xB0, 0, 0, 2], &[0xAB, 0xCD, 0x90, 0]);
-        assert!(line.contains("ABCD"), "{line}");
-    }
-
-    proptest! {
-        /// Whatever the class, the length byte or what is missing: the PIN is not in the line.
-        #[test]
-        fn no_pin_is_ever_shown(
-            cla in any::<u8>(),
-            ins in proptest::sample::select(&[0x20u8, 0x21, 0x24, 0x25, 0x26, 0x27, 0x28, 0x29, 0x2A, 0x2C, 0x2D, 0xC2][..]),
-            parameters in any::<[u8; 2]>(),
-            length in prop_oneof![Just(8), any::<u8>()],
-        ) {
-            let mut command = vec![cla, ins, parameters[0], parameters[1], length];
-            command.extend_from_slice(b"\xDE\xAD\xBE\xEF\xDE\xAD\xBE\xEF");
-            let line = Redactor::default().exchange(&command, &[0x90, 0]);
-            prop_assert!(!line.contains("DEAD") && !line.contains("BEEF"));
-        }
-
-        #[test]
-        fn any_bytes_give_a_line(
-            command in proptest::collection::vec(any::<u8>(), 0..300),
-            response in proptest::collection::vec(any::<u8>(), 0..300),
-        ) {
-            let line = Redactor::default().exchange(&command, &response);
-            prop_assert!(line.is_ascii() && !line.contains('\n') && line.len() < 400);
-        }
-    }
 }

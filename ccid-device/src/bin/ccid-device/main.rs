@@ -110,7 +110,7 @@ struct Cli {
     /// Socket for commands while it runs, such as unix-listen:/run/ccid-device.sock
     #[arg(long, value_name = "ENDPOINT")]
     control: Option<Endpoint>,
-    /// Print each APDU on a line of its own, without PINs and the answers to private-key operations
+    /// Print each APDU on a line of its own, with the bodies and answers of SELECT and what only reads
     #[arg(long)]
     trace: bool,
     /// Let TCP leave this machine: everything, the PIN too, can be read on the way
