@@ -584,6 +584,23 @@ impl Link {
     }
 }
 
+/// What is told in the log of VMMs, who have it repeated as fast as they like.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    Closed(Discriminant<usbredir::CloseReason>),
+    Notice(Discriminant<usbredir::Notice>),
+    Unread,
+}
+
+/// What is told in the log of USB/IP clients, who have it repeated as fast as they like.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Imported,
+    Gone,
+    Closed,
+    Notice,
+}
+
 /// Whether the USB/IP client that has the device is to be asked if it is there. Each time leaves a line in its kernel's
 /// log, and whoever can connect can have it asked: not more often than a client that is gone needs to show that.
 #[derive(Default)]
