@@ -3,6 +3,7 @@
 mod lifecycle;
 mod opensc;
 mod programs;
+pub(crate) mod yubico;
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
