@@ -561,16 +561,19 @@ impl CardSetup {
             );
         }
         let chosen = |slot| self.certificates.iter().any(|wanted| wanted.slot == Some(slot));
-        let silent: Vec<_> = slot::silent_about_signing(store.certificates(), slots)
+        let silent: Vec<_> = slot::without_key_usage(store.certificates(), slots)
             .filter(|(slot, _)| self.profile != Profile::Cac && !chosen(*slot))
             .map(|(slot, certificate)| format!("{:?} ({slot})", certificate.name))
             .collect();
         if !silent.is_empty() {
+            // What is in a directory of its own has no such option.
+            let advice = match self.state {
+                None => format!("; {}cert SLOT=NAME puts a certificate where it does, 9a or 9c", self.prefix),
+                Some(_) => String::new(),
+            };
+            let silent = silent.join(", ");
             tracing::warn!(
-                "no key usage in {}: in these slots OpenSC lets such keys sign nothing; {}cert SLOT=NAME puts a \
-                 certificate where it does, 9a or 9c",
-                silent.join(", "),
-                self.prefix
+                "no key usage in {silent}: in these slots OpenSC lets such keys sign nothing{advice}"
             );
         }
     }

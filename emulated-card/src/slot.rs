@@ -159,9 +159,9 @@ pub fn assign(
     Ok(slots)
 }
 
-/// Which of the certificates in these slots do not say what they are for, and have a slot in which hosts then take a key
-/// to be for key management alone (SP 800-73-4 Part 1 table 4b): OpenSC does, and lets it sign nothing.
-pub(crate) fn silent_about_signing<'a>(
+/// The certificates without a key usage extension that are in slots for key management (9D, retired keys). Hosts then go
+/// by the slot (SP 800-73-4 Part 1 table 4b): OpenSC lets such a key sign nothing.
+pub fn without_key_usage<'a>(
     certificates: &'a [Certificate],
     slots: &[(PivSlot, usize)],
 ) -> impl Iterator<Item = (PivSlot, &'a Certificate)> {
@@ -342,7 +342,7 @@ mod tests {
             [silent(), silent(), certificate(&[unreadable()]), certificate(&[key_usage(SIGN)]), silent()];
         let slots = assign(&certificates, &[]).unwrap();
         let found: Vec<_> =
-            silent_about_signing(&certificates, &slots).map(|(slot, _)| slot.to_string()).collect();
+            without_key_usage(&certificates, &slots).map(|(slot, _)| slot.to_string()).collect();
         assert_eq!(found, ["9d", "83"]);
     }
 
