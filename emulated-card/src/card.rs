@@ -26,8 +26,10 @@
 //! * The pieces of a chain are answered with 9000; instruction, P1 and P2 are the same in all of them. Any other
 //!   command drops the chain and is done as if there had been none.
 //! * The card speaks APDUs: a response longer than Le is cut to Le and ends with 61XX; GET RESPONSE reads on.
-//!   Without Le there is no data, only 61XX. Any other command throws away what was not read. GET RESPONSE with
-//!   nothing to read is 6985; OpenSC sends it after 61XX only, so it never meets that.
+//!   Without Le there is no data, only 61XX, with two exceptions: SELECT then asks for none (ISO/IEC 7816-4:2005 §7.1.1),
+//!   and GENERAL AUTHENTICATE is answered as with an Le of 256, for which yubico-piv-tool 2.2 has no GET RESPONSE.
+//!   Any other command throws away what was not read. GET RESPONSE with nothing to read is 6985; OpenSC sends it after
+//!   61XX only, so it never meets that.
 //! * A SELECT that fails leaves the applet selected that was, as on GlobalPlatform cards (libcacard deselects
 //!   it).
 //! * There is one PIN and one login. It is forgotten at reset, at a wrong PIN and at [`EmulatedCard::logout`].
@@ -35,8 +37,11 @@
 //!   say. Only PIV's card authentication key works without, where the store allows it.
 //! * The PIV application is selected from the start, and each SELECT that enters or leaves it forgets the PIN. Among
 //!   the applets of a CAC the PIN is the card's: it may be verified before any of them is selected, and survives SELECT.
-//! * PIV's rule that the signature key wants the PIN before each use (SP 800-73-4 Part 1 §3.1.3) is PIV's alone: on
-//!   a dual card the same key is in a CAC container, which has no such rule.
+//! * PIV's signature key wants the PIN immediately before each use (SP 800-73-4 Part 1 table 4b, "PIN Always"). Whatever
+//!   comes of a command that would use a private key, this one or another, the PIN before it was for that command.
+//!   Objects may be read, and random numbers fetched, in between.
+//! * That rule is PIV's alone: on a dual card the same key is in a CAC container, which has no such rule, as coolkey 1.1
+//!   verifies the PIN once and cannot be asked for it again.
 //! * A card whose store is [writable](crate::keys::writable) is a PIV card only. Its administrator, who knows the card
 //!   management key (9B), may write data objects and generate keys: after an authentication whose challenge is good
 //!   for the very next command, until the card is reset or [`EmulatedCard::logout`].
@@ -196,7 +201,7 @@ pub struct EmulatedCard {
 struct Volatile {
     /// The verified PIN. A running job has it instead.
     login: Option<Login>,
-    /// Whether the PIN was verified and no key that asks for it each time was used since.
+    /// Whether the PIN was verified and no private key used since.
     fresh: bool,
     /// Index of the selected applet.
     selected: Option<usize>,
@@ -227,7 +232,7 @@ impl Chain {
 
 /// What the card keeps of a command that is being worked on.
 struct Running {
-    le: usize,
+    le: Option<usize>,
     /// Whether the verified PIN was to be forgotten meanwhile.
     forget: bool,
 }
@@ -374,7 +379,15 @@ impl EmulatedCard {
         let gathered = std::mem::take(&mut self.volatile.gathered);
         let chain = self.volatile.chain.take().filter(|chain| chain.header == Chain::header(command));
         let attempt = self.volatile.administrator.take_attempt();
-        match class(command.cla()) {
+        let class = class(command.cla());
+        let fresh = self.volatile.fresh;
+        if !matches!(class, Ok(Class::Piece))
+            && self.selected().is_some_and(|applet| applet.uses_key(command))
+        {
+            // Whatever comes of the command, the PIN was for it.
+            self.volatile.fresh = false;
+        }
+        match class {
             Err(refusal) => return refusal.into(),
             Ok(Class::Piece) => {
                 let status = self.piece(command, chain);
@@ -416,7 +429,7 @@ impl EmulatedCard {
                 Some(applet) => {
                     let session = Session {
                         verified,
-                        fresh: &mut self.volatile.fresh,
+                        fresh,
                         gathered,
                         random: &mut self.random,
                         complaints: &self.complaints,
@@ -432,7 +445,7 @@ impl EmulatedCard {
         };
         match outcome {
             Outcome::Status(status) => status.into(),
-            Outcome::Data(data) => Step::Answer(self.respond(command.le(), data, 0)),
+            Outcome::Data(data) => Step::Answer(self.respond(expected(command), data, 0)),
             Outcome::Gather(gathered) => {
                 self.volatile.gathered = gathered;
                 StatusWord::SUCCESS.into()
@@ -472,8 +485,11 @@ impl EmulatedCard {
     }
 
     fn chain_limit(&self, ins: u8) -> usize {
-        let selected = self.volatile.selected.and_then(|index| self.applets.get(index));
-        selected.map_or(0, |applet| applet.chain_limit(ins))
+        self.selected().map_or(0, |applet| applet.chain_limit(ins))
+    }
+
+    fn selected(&self) -> Option<&dyn Applet> {
+        self.volatile.selected.and_then(|index| self.applets.get(index)).map(Box::as_ref)
     }
 
     /// Ends the command whose job was run.
@@ -492,7 +508,7 @@ impl EmulatedCard {
         self.volatile.fresh = self.volatile.login.is_some() && (fresh || self.volatile.fresh);
         match result {
             Ok(_) if forget && behind_pin => StatusWord::SECURITY_STATUS_NOT_SATISFIED.into(),
-            Ok(data) => self.respond((le > 0).then_some(le), data, 0),
+            Ok(data) => self.respond(le, data, 0),
             Err(status) => status.into(),
         }
     }
@@ -513,7 +529,7 @@ impl EmulatedCard {
     }
 
     fn work(&mut self, command: &Command, work: Work) -> Step {
-        self.volatile.running = Some(Running { le: command.le().unwrap_or(0), forget: false });
+        self.volatile.running = Some(Running { le: expected(command), forget: false });
         Step::Work(Job {
             epoch: self.epoch,
             login: self.volatile.login.take(),
@@ -534,8 +550,8 @@ impl EmulatedCard {
         }
     }
 
-    /// SELECT by application identifier (ISO/IEC 7816-4:2005 §7.1.1). With P2 = 0C there is no answer, with any other
-    /// kind of control information asked for there is the FCI.
+    /// SELECT by application identifier (ISO/IEC 7816-4:2005 §7.1.1). With P2 = 0C, or without Le, there is no answer, with
+    /// any other kind of control information asked for there is the FCI.
     fn select(&mut self, command: &Command) -> Outcome {
         let p2 = command.p2();
         if p2 & 0xF0 != 0 {
@@ -547,7 +563,10 @@ impl EmulatedCard {
         }
         let found = self.applets.iter().enumerate().find(|(_, applet)| applet.answers_to(command.data()));
         let Some((index, applet)) = found else { return StatusWord::NOT_FOUND.into() };
-        let answer = if p2 & 0x0C == 0x0C { StatusWord::SUCCESS.into() } else { applet.fci().into() };
+        let answer = match command.le() {
+            Some(_) if p2 & 0x0C != 0x0C => applet.fci(self.store.writable()).into(),
+            _ => StatusWord::SUCCESS.into(),
+        };
         // SP 800-73-4 Part 2 §3.1.1: selected anew, the PIV application's security status is unchanged.
         if self.is_piv_selected() != (self.piv() == Some(index)) {
             self.logout();
@@ -574,6 +593,13 @@ impl From<StatusWord> for Step {
     fn from(status: StatusWord) -> Self {
         Self::Answer(status.into())
     }
+}
+
+/// How much response data a command may get at once; `None` for one that fetches all of it with GET RESPONSE. What
+/// GENERAL AUTHENTICATE gives is there at once even if no Le says so: YubiKeys do that, and yubico-piv-tool 2.2 takes
+/// nothing else. It follows a 61XX to any other command.
+fn expected(command: &Command) -> Option<usize> {
+    command.le().or((command.ins() == ins::GENERAL_AUTHENTICATE).then_some(256))
 }
 
 /// What a class byte says.

@@ -13,7 +13,7 @@ use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::pem::{self, PemSource, PemStore};
 use crate::keys::writable::ManagementAlgorithm;
 use crate::keys::written::{ManagementKey, ManagementKeyError, WrittenError, WrittenStore};
-use crate::keys::{KeyStore, UnlockError};
+use crate::keys::{KeyKind, KeyStore, UnlockError};
 use crate::pcsc::{PcscConfig, PcscSource};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
@@ -23,6 +23,8 @@ use crate::token::{self, TokenCard, TokenCardError};
 use crate::tries::KeepTries;
 use thiserror::Error;
 use vscard_protocol::{CardSource, LogBudget, Secret};
+
+const RSA_4096: KeyKind = KeyKind::Rsa { bits: 4096 };
 
 /// A certificate that is wanted on the card: `NAME`, or `SLOT=NAME` with a PIV slot such as `9a`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -527,6 +529,7 @@ impl CardSetup {
                 tracing::debug!("slot {slot}: certificate {:?}, {}", certificate.name, certificate.kind);
             }
         }
+        self.warn_of_hosts(&*store, &slots);
         let options = CardOptions { profile: self.profile, slots };
         let random = Box::new(|bytes: &mut [u8]| {
             if let Err(error) = getrandom::fill(bytes) {
@@ -536,6 +539,43 @@ impl CardSetup {
             }
         });
         EmulatedCard::new(store, Arc::new(reference), id, options, random)
+    }
+
+    /// Says which keys OpenSC will not use, or not for all: better now than when the user looks for the fault in the PIN.
+    fn warn_of_hosts(&self, store: &dyn KeyStore, slots: &[(PivSlot, usize)]) {
+        let long = match store.writable() {
+            Some(memory) => PivSlot::all()
+                .filter(|slot| memory.key(*slot).is_some_and(|(_, kind)| kind == RSA_4096))
+                .map(|slot| slot.to_string())
+                .collect::<Vec<_>>(),
+            None => slots
+                .iter()
+                .filter(|(_, index)| store.certificates().get(*index).is_some_and(|one| one.kind == RSA_4096))
+                .map(|(slot, _)| slot.to_string())
+                .collect(),
+        };
+        if !long.is_empty() {
+            tracing::warn!(
+                "RSA keys of 4096 bits (slots {}): OpenSC up to 0.27 and yubico-piv-tool 2.2 do not use them",
+                long.join(", ")
+            );
+        }
+        let chosen = |slot| self.certificates.iter().any(|wanted| wanted.slot == Some(slot));
+        let silent: Vec<_> = slot::without_key_usage(store.certificates(), slots)
+            .filter(|(slot, _)| self.profile != Profile::Cac && !chosen(*slot))
+            .map(|(slot, certificate)| format!("{:?} ({slot})", certificate.name))
+            .collect();
+        if !silent.is_empty() {
+            // What is in a directory of its own has no such option.
+            let advice = match self.state {
+                None => format!("; {}cert SLOT=NAME puts a certificate where it does, 9a or 9c", self.prefix),
+                Some(_) => String::new(),
+            };
+            let silent = silent.join(", ");
+            tracing::warn!(
+                "no key usage in {silent}: in these slots OpenSC lets such keys sign nothing{advice}"
+            );
+        }
     }
 
     fn reference_data(

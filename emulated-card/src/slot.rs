@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::keys::Certificate;
 pub(crate) use usage::common_name;
-use usage::{Purpose, purpose};
+use usage::{Purpose, has_key_usage, purpose};
 
 /// A key reference of SP 800-73-4 Part 1 table 4b that a certificate belongs to, ordered as hosts list them: 9A, 9C, 9D,
 /// 9E, then the retired ones 82 to 95.
@@ -108,8 +108,9 @@ pub enum SlotError {
 /// and one that none has any more means a certificate once again, in another slot.
 /// Of the others, those whose key usage and extended key usage name one purpose go first: card authentication and
 /// nothing else to 9E, client authentication to 9A, non-repudiation or e-mail protection to 9C, encryption alone to 9D.
-/// Then come those that only sign (9A or 9C) and those for anything, or that do not say (9A, 9C, 9D), in the order
-/// given. Whoever finds no place becomes a retired key, 82 and up.
+/// Then come, in the order given, those that only sign (9A or 9C), those for anything, or that do not say (9A, 9C, 9D),
+/// and those with a key on a curve for both signatures and key agreement, which are not for authentication alone: 9D,
+/// the one of these where ECDH works, then 9A and 9C. Whoever finds no place becomes a retired key, 82 and up.
 ///
 /// # Errors
 /// [`SlotError`].
@@ -132,10 +133,10 @@ pub fn assign(
     }
     let mut rest: Vec<_> = (0..certificates.len())
         .filter(|index| slots.iter().all(|(_, placed)| placed != index))
-        .map(|index| (index, purpose(&certificates[index].der)))
+        .map(|index| (index, purpose(&certificates[index].der, certificates[index].kind)))
         .collect();
     // Stable, so that the order given decides among equals.
-    rest.sort_by_key(|(_, purpose)| matches!(purpose, Purpose::Sign | Purpose::Any));
+    rest.sort_by_key(|(_, purpose)| matches!(purpose, Purpose::Sign | Purpose::SignAndAgree | Purpose::Any));
     for (index, purpose) in rest {
         let wanted: &[PivSlot] = match purpose {
             Purpose::CardAuthentication => &[PivSlot::CARD_AUTHENTICATION],
@@ -143,6 +144,7 @@ pub fn assign(
             Purpose::Commit => &[PivSlot::SIGNATURE],
             Purpose::Encrypt => &[PivSlot::KEY_MANAGEMENT],
             Purpose::Sign => &[PivSlot::AUTHENTICATION, PivSlot::SIGNATURE],
+            Purpose::SignAndAgree => &[PivSlot::KEY_MANAGEMENT, PivSlot::AUTHENTICATION, PivSlot::SIGNATURE],
             Purpose::Any => &[PivSlot::AUTHENTICATION, PivSlot::SIGNATURE, PivSlot::KEY_MANAGEMENT],
         };
         let slot = wanted
@@ -157,10 +159,23 @@ pub fn assign(
     Ok(slots)
 }
 
+/// The certificates without a key usage extension that are in slots for key management (9D, retired keys). Hosts then go
+/// by the slot (SP 800-73-4 Part 1 table 4b): OpenSC lets such a key sign nothing.
+pub fn without_key_usage<'a>(
+    certificates: &'a [Certificate],
+    slots: &[(PivSlot, usize)],
+) -> impl Iterator<Item = (PivSlot, &'a Certificate)> {
+    let management = |slot: &PivSlot| *slot == PivSlot::KEY_MANAGEMENT || slot.retired().is_some();
+    let placed = slots.iter().filter(move |(slot, _)| management(slot));
+    placed
+        .filter_map(|(slot, index)| Some((*slot, certificates.get(*index)?)))
+        .filter(|(_, certificate)| !has_key_usage(&certificate.der))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::KeyKind;
+    use crate::keys::{Curve, KeyKind};
     use crate::tlv::ber;
 
     #[test]
@@ -205,8 +220,14 @@ mod tests {
             ber(&[0xA3], &ber(&[0x30], &extensions)),
         ];
         let der = ber(&[0x30], &[ber(&[0x30], &fields.concat()), ber(&[0x30], &[]), vec![3, 1, 0]].concat());
-        let kind = KeyKind::Rsa { bits: 2048 };
-        Certificate { name: "c".into(), der, public_key: Vec::new(), kind }
+        Certificate { name: "c".into(), der, public_key: Vec::new(), kind: RSA }
+    }
+
+    const RSA: KeyKind = KeyKind::Rsa { bits: 2048 };
+    const EC: KeyKind = KeyKind::Ec(Curve::P256);
+
+    fn unreadable() -> (&'static [u8], bool, Vec<u8>) {
+        (&[0x55, 0x1D, 0x0F], true, vec![0xFF; 3])
     }
 
     fn key_usage(bits: u8) -> (&'static [u8], bool, Vec<u8>) {
@@ -254,22 +275,82 @@ mod tests {
             (SIGN | COMMIT | ENCIPHER, &[CLIENT, EMAIL], Purpose::Any),
         ] {
             let certificate = certificate(&[key_usage(usage), extended(extensions)]);
-            assert_eq!(purpose(&certificate.der), expected, "{usage:02X} {extensions:02X?}");
+            assert_eq!(purpose(&certificate.der, RSA), expected, "{usage:02X} {extensions:02X?}");
         }
-        assert_eq!(purpose(&certificate(&[extended(&[CLIENT])]).der), Purpose::Any);
-        assert_eq!(purpose(&certificate(&[extended(&[CARD])]).der), Purpose::CardAuthentication);
-        assert_eq!(purpose(&certificate(&[extended(&[CARD, CLIENT])]).der), Purpose::Any);
-        let unreadable: (&[u8], bool, Vec<u8>) = (&[0x55, 0x1D, 0x0F], true, vec![0xFF; 3]);
-        assert_eq!(purpose(&certificate(&[unreadable, extended(&[CARD])]).der), Purpose::Any);
-        assert_eq!(purpose(&certificate(&[]).der), Purpose::Any);
-        assert_eq!(purpose(b"rubbish"), Purpose::Any);
+        assert_eq!(purpose(&certificate(&[extended(&[CLIENT])]).der, RSA), Purpose::Any);
+        assert_eq!(purpose(&certificate(&[extended(&[CARD])]).der, RSA), Purpose::CardAuthentication);
+        assert_eq!(purpose(&certificate(&[extended(&[CARD, CLIENT])]).der, RSA), Purpose::Any);
+        assert_eq!(purpose(&certificate(&[unreadable(), extended(&[CARD])]).der, RSA), Purpose::Any);
+        assert_eq!(purpose(&certificate(&[]).der, RSA), Purpose::Any);
+        assert_eq!(purpose(b"rubbish", RSA), Purpose::Any);
+    }
+
+    #[test]
+    fn purposes_of_keys_on_a_curve() {
+        for (usage, extensions, expected) in [
+            (SIGN | AGREE, &[][..], Purpose::SignAndAgree),
+            (SIGN | AGREE, &[EMAIL], Purpose::SignAndAgree),
+            (SIGN | AGREE, &[CLIENT, EMAIL], Purpose::SignAndAgree),
+            (SIGN | AGREE, &[CARD], Purpose::SignAndAgree),
+            (SIGN | AGREE, &[CLIENT], Purpose::Authenticate),
+            (SIGN | COMMIT | AGREE, &[], Purpose::Commit),
+            (SIGN | COMMIT | AGREE, &[CLIENT], Purpose::Any),
+            (SIGN | ENCIPHER, &[], Purpose::Any),
+            (SIGN, &[], Purpose::Sign),
+            (SIGN, &[EMAIL], Purpose::Commit),
+            (AGREE, &[EMAIL], Purpose::Encrypt),
+        ] {
+            let certificate = certificate(&[key_usage(usage), extended(extensions)]);
+            assert_eq!(purpose(&certificate.der, EC), expected, "{usage:02X} {extensions:02X?}");
+        }
+        assert_eq!(purpose(&certificate(&[]).der, EC), Purpose::Any);
+    }
+
+    #[test]
+    fn ecdh_works_where_the_certificate_is() {
+        let place = |wanted: &[(u8, KeyKind)], explicit: &[(&str, &str)]| {
+            let certificates: Vec<_> = (0..)
+                .zip(wanted)
+                .map(|(index, (usage, kind)): (usize, _)| {
+                    let one = certificate(&[key_usage(*usage)]);
+                    Certificate { name: index.to_string(), kind: *kind, ..one }
+                })
+                .collect();
+            let explicit: Vec<_> =
+                explicit.iter().map(|(slot, name)| (slot.parse().unwrap(), (*name).to_owned())).collect();
+            let slots = assign(&certificates, &explicit).unwrap();
+            slots.into_iter().map(|(slot, index)| format!("{slot}={index}")).collect::<Vec<_>>().join(" ")
+        };
+        let both = (SIGN | AGREE, EC);
+        assert_eq!(place(&[both], &[]), "9d=0");
+        assert_eq!(place(&[both, both, both, both], &[]), "9a=1 9c=2 9d=0 82=3");
+        assert_eq!(place(&[both, (SIGN, EC)], &[]), "9a=1 9d=0");
+        // One that only agrees comes first; then it is for signing.
+        assert_eq!(place(&[both, (AGREE, EC)], &[]), "9a=0 9d=1");
+        // RSA decrypts everywhere.
+        assert_eq!(place(&[(SIGN | ENCIPHER, RSA), both], &[]), "9a=0 9d=1");
+        assert_eq!(place(&[(SIGN | AGREE, RSA)], &[]), "9a=0");
+        // The user knows better.
+        assert_eq!(place(&[both], &[("9a", "0")]), "9a=0");
+        assert_eq!(place(&[both, both], &[("9d", "1")]), "9a=0 9d=1");
+    }
+
+    #[test]
+    fn certificates_that_do_not_say_sign_in_two_slots() {
+        let silent = || certificate(&[extended(&[EMAIL])]);
+        let certificates =
+            [silent(), silent(), certificate(&[unreadable()]), certificate(&[key_usage(SIGN)]), silent()];
+        let slots = assign(&certificates, &[]).unwrap();
+        let found: Vec<_> =
+            without_key_usage(&certificates, &slots).map(|(slot, _)| slot.to_string()).collect();
+        assert_eq!(found, ["9d", "83"]);
     }
 
     #[test]
     fn odd_extensions_are_no_harm() {
         let odd: (&[u8], bool, Vec<u8>) = (&[0x55, 0x1D, 0x25], true, vec![0xFF; 3]);
         let odd_certificate = certificate(&[odd, key_usage(ENCIPHER)]);
-        assert_eq!(purpose(&odd_certificate.der), Purpose::Encrypt);
+        assert_eq!(purpose(&odd_certificate.der, RSA), Purpose::Encrypt);
         assert_eq!(common_name(&odd_certificate.der).as_deref(), Some("Jane"));
         assert_eq!(common_name(b"rubbish"), None);
     }
@@ -296,7 +377,7 @@ mod tests {
             let at = at % der.len();
             der[at] = byte;
             der.truncate(der.len() - cut % der.len());
-            let _ = (purpose(&der), common_name(&der));
+            let _ = (purpose(&der, EC), has_key_usage(&der), common_name(&der));
         }
     }
 }

@@ -49,8 +49,8 @@ fn identifier() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn select_application() -> impl Strategy<Value = StepBytes> {
-    (identifier(), select(vec![0x00_u8, 0x0C]))
-        .prop_map(|(aid, p2)| raw(&Command::build([0x00, 0xA4, 0x04, p2], &aid, Some(256)).unwrap(), 0))
+    (identifier(), select(vec![0x00_u8, 0x0C]), select(vec![None, Some(256)]))
+        .prop_map(|(aid, p2, le)| raw(&Command::build([0x00, 0xA4, 0x04, p2], &aid, le).unwrap(), 0))
 }
 
 /// Commands of all kinds; most of them are those of an applet.
@@ -113,13 +113,15 @@ fn authenticate() -> impl Strategy<Value = StepBytes> {
         let object = [&[tag, 0x81, length as u8], &value[..], response].concat();
         [&[0x7C, 0x81, object.len() as u8], &object[..]].concat()
     };
-    let le = select(vec![1, 256, 65_536]);
+    let le = select(vec![None, Some(1), Some(256), Some(65_536)]);
+    // Rarely one that is refused.
+    let class = prop_oneof![8 => Just(0x00_u8), 1 => Just(0x0C)];
     let cut = prop::option::weighted(0.3, any::<Index>());
-    (request, last, le, cut, any::<bool>(), meanwhile()).prop_map(
-        move |(((algorithm, key), form), last, le, cut, last_too, meanwhile)| {
+    (request, last, (class, le), cut, any::<bool>(), meanwhile()).prop_map(
+        move |(((algorithm, key), form), last, (class, le), cut, last_too, meanwhile)| {
             let body = body(form, last);
             let whole = |data: &[u8]| {
-                raw(&Command::build([0x00, 0x87, algorithm, key], data, Some(le)).unwrap(), meanwhile)
+                raw(&Command::build([class, 0x87, algorithm, key], data, le).unwrap(), meanwhile)
             };
             match cut {
                 Some(cut) => {

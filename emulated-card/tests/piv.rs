@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use emulated_card::card::{CardBuildError, EmulatedCard, Profile, Step};
 use emulated_card::keys::{Curve, KeyError, KeyKind, UnlockError};
 use emulated_card::pin::ReferenceData;
+use emulated_card::shell::CardSlot;
 use emulated_card::slot::{PivSlot, SlotError, assign};
-use vscard_protocol::{Command, Secret, StatusWord};
+use vscard_protocol::{CardSource, Command, Secret, StatusWord, T0};
 
 use common::{
     PIN, SELECT_PIV, Store, VERIFY_PIV, certificate, certificates, keys, noise, piv_card, pki_aid, select,
@@ -99,6 +100,31 @@ fn a_signature_as_opensc_makes_it() {
     );
     expect(b"\x00\x20\xFF\x80", b"", 0x9000);
     expect(b"\x00\x20\x00\x80", b"", 0x63C3);
+}
+
+/// A reader that speaks T=0 sends no Le with data, and fetches all answers.
+#[tokio::test]
+async fn over_t0_every_answer_waits_for_get_response() {
+    let slot = CardSlot::new(new_card(Profile::Dual, "9a:1024,9d:2048")).unwrap();
+    let insertion = slot.insert();
+    let source = T0::new(slot);
+    let mut card = source.power_on(insertion).await.unwrap();
+    let template = b"\x61\x1C\x4F\x06\x00\x00\x10\x00\x01\x00\x79\x07\x4F\x05\xA0\x00\x00\x03\x08\
+                     \xAC\x09\x80\x01\x06\x80\x01\x07\x06\x01\x00";
+    let sign = [b"\x00\x87\x06\x9A\x88\x7C\x81\x85\x82\x00\x81\x81\x80", &[0x55; 128][..]].concat();
+    let signature = [b"\x7C\x81\x83\x82\x81\x80", &[0x55; 128][..]].concat();
+    for (command, data, status) in [
+        (&b"\x00\xA4\x04\x00\x05\xA0\x00\x00\x03\x08"[..], &b""[..], 0x611E),
+        (b"\x00\xC0\x00\x00\x1E", template, 0x9000),
+        (VERIFY_PIV, b"", 0x9000),
+        (&sign, b"", 0x6186),
+        (b"\x00\xC0\x00\x00\x86", &signature, 0x9000),
+        (b"\x00\x87\x00\x9B\x04\x7C\x02\x81\x00", b"", 0x610C),
+        (b"\x00\xA4\x04\x00\x07\xA0\x00\x00\x00\x79\x01\x00", b"", 0x610D),
+    ] {
+        let response = card.transmit(&Command::parse(command).unwrap()).await.unwrap();
+        assert_eq!((response.data(), response.status().0), (data, status), "{command:02X?}");
+    }
 }
 
 #[test]

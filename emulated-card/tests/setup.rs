@@ -10,10 +10,11 @@ mod openssl_tool;
 use std::fs::{self, DirBuilder, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use emulated_card::card::Profile;
 use emulated_card::keys::pem::PemSource;
-use emulated_card::setup::{CardSetup, Keys, OpenCard, SetupError, Written};
+use emulated_card::setup::{CardSetup, Keys, OpenCard, SetupError, Wanted, Written};
 use emulated_card::state::StateDirectory;
 use tempfile::TempDir;
 
@@ -110,4 +111,83 @@ fn a_piv_card_gets_no_pin_that_piv_does_not_have() {
     CardSetup { pin_file: Some(directory.path("short")), ..directory.setup() }.open().unwrap();
     // It has more users than PIV programs.
     opened(Profile::Dual).unwrap();
+}
+
+/// Keeps what is warned of.
+#[derive(Clone, Default)]
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut text = String::new();
+        event.record(&mut |_: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+            text += &format!("{value:?}");
+        });
+        self.0.lock().unwrap().push(text);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// What is warned of when a card of these keys is opened; keys are as in [`make_certificate`], and what their
+/// certificates have.
+fn warnings(keys: &[(&str, &[&str])], setup: CardSetup) -> Vec<String> {
+    let directory = tempfile::tempdir().unwrap();
+    let sources = keys.iter().enumerate().map(|(index, (key, extensions))| {
+        let [certificate, key_file] =
+            ["crt", "key"].map(|kind| directory.path().join(format!("{index}.{kind}")));
+        let extra: Vec<_> = extensions.iter().flat_map(|extension| ["-addext", *extension]).collect();
+        make_certificate(&format!("key {index}"), key, &key_file, &certificate, &extra);
+        PemSource::Pem { certificate, key: key_file }
+    });
+    let keys = Keys::Files(sources.collect());
+    let pin = directory.path().join("pin");
+    fs::write(&pin, "123456").unwrap();
+    fs::set_permissions(&pin, Permissions::from_mode(0o600)).unwrap();
+    let state = Some((StateDirectory::at(directory.path().join("state")), "card".into()));
+    let setup = CardSetup { keys, state, pin_file: Some(pin), prefix: "--", ..setup };
+    let warnings = Warnings::default();
+    tracing::subscriber::with_default(warnings.clone(), || drop(setup.open().unwrap()));
+    let warned = warnings.0.lock().unwrap();
+    warned.clone()
+}
+
+#[test]
+fn certificates_that_cannot_sign_under_opensc_are_named_in_one_line() {
+    let (silent, signs) = (("P-256", &[][..]), ("P-256", &["keyUsage=digitalSignature"][..]));
+    let piv = || CardSetup { profile: Profile::Piv, ..CardSetup::default() };
+    assert_eq!(warnings(&[silent; 2], piv()), [""; 0]);
+    assert_eq!(warnings(&[signs; 4], piv()), [""; 0]);
+    let warned = warnings(&[silent; 4], piv());
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    for part in ["no key usage", "\"2\" (9d)", "\"3\" (82)"] {
+        assert!(warned[0].contains(part), "{part}: {warned:?}");
+    }
+    assert!(!warned[0].contains("\"0\"") && !warned[0].contains("\"1\""), "{warned:?}");
+    // Who says where it goes knows what it is for.
+    let certificates = vec![Wanted { slot: "9d".parse().ok(), name: "0".into() }];
+    assert_eq!(warnings(&[silent; 3], CardSetup { certificates, ..piv() }), [""; 0]);
+}
+
+#[test]
+fn keys_that_opensc_does_not_use_are_warned_of_once() {
+    let signs = |key| (key, &["keyUsage=digitalSignature"][..]);
+    let warned = warnings(&[signs("rsa:4096"), signs("rsa:2048")], CardSetup::default());
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    assert!(warned[0].contains("4096") && warned[0].contains("(slots 9a)"), "{warned:?}");
+    assert_eq!(warnings(&[signs("rsa:3072")], CardSetup::default()), [""; 0]);
 }

@@ -244,7 +244,11 @@ impl Model {
 
     /// A command was done, and a private key with it if it `worked`.
     fn see(&mut self, command: &Command, status: StatusWord, worked: bool, was_piv: bool, is_piv: bool) {
-        // Pieces of a chain, and what is refused for its class, are nothing.
+        let fresh = self.fresh;
+        let key = command.ins() == apdu::ins::GENERAL_AUTHENTICATE && command.p2() != CARD_MANAGEMENT;
+        // Whatever comes of it, unless it is a piece of a chain.
+        self.fresh &= !(was_piv && key && command.cla() != 0x10);
+        // Pieces of a chain, and what is refused for its class, are nothing else.
         if !matches!(command.cla(), 0x00 | 0x80) {
             assert!(!worked, "{command:?} used a key");
             return;
@@ -303,7 +307,7 @@ impl Model {
         let changed =
             matches!(command.ins(), apdu::ins::CHANGE_REFERENCE_DATA | apdu::ins::RESET_RETRY_COUNTER);
         assert!(!changed || !succeeded || self.reference == Reference::Own, "not the card's to change");
-        self.see_key(command, status, worked, was_piv);
+        self.see_key(command, status, worked, was_piv, fresh);
     }
 
     /// A command was done that a reset made nobody's: what it did to PIN and PUK holds.
@@ -319,7 +323,7 @@ impl Model {
             _ => false,
         };
         let (tries, right) = match (compared, puk) {
-            (false, _) => return self.see_key(command, StatusWord::NO_DIAGNOSIS, worked, piv),
+            (false, _) => return self.see_key(command, StatusWord::NO_DIAGNOSIS, worked, piv, self.fresh),
             (true, true) => (&self.puk_tries, data[..8] == self.puk),
             (true, false) => (&self.tries, self.is_right(&data[..data.len().min(8)])),
         };
@@ -331,22 +335,19 @@ impl Model {
         self.see(command, status, worked, piv, piv);
     }
 
-    fn see_key(&mut self, command: &Command, status: StatusWord, worked: bool, piv: bool) {
+    /// `fresh` is from before the command.
+    fn see_key(&mut self, command: &Command, status: StatusWord, worked: bool, piv: bool, fresh: bool) {
         let succeeded = matches!(status.sw1(), 0x90 | 0x61);
         match (command.ins(), command.p2()) {
             (apdu::ins::GENERAL_AUTHENTICATE, reference) if piv => {
                 let permitted = match reference {
                     CARD_AUTHENTICATION => self.verified || self.reference != Reference::Store,
-                    SIGNATURE => self.verified && self.fresh,
+                    SIGNATURE => self.verified && fresh,
                     _ => self.verified,
                 };
                 assert!(!worked || permitted, "a key worked without the PIN: {command:?}");
                 let expected = succeeded && reference != CARD_MANAGEMENT;
                 assert!(worked || !expected, "success without a key: {command:?}");
-                // Whatever comes of it, unless the chain was too long to be a command at all.
-                if reference == SIGNATURE && status != StatusWord::WRONG_LENGTH {
-                    self.fresh = false;
-                }
             }
             (apdu::ins::SIGN_DECRYPT, _) if !piv => {
                 assert!(!worked || self.verified, "a key worked without the PIN: {command:?}");
@@ -607,7 +608,11 @@ impl End {
     }
 
     fn check(&self, command: &Command, response: &Response) {
-        assert!(response.data().len() <= command.le().unwrap_or(0), "{command:?} is answered too long");
+        let without_le = if command.ins() == apdu::ins::GENERAL_AUTHENTICATE { 256 } else { 0 };
+        let longest = command.le().unwrap_or(without_le);
+        assert!(response.data().len() <= longest, "{command:?} is answered too long");
+        let unasked = (command.ins(), command.le()) == (apdu::ins::SELECT, None);
+        assert!(!unasked || response.status().sw1() != 0x61, "{command:?} has an answer");
         assert!(response.as_bytes().len() <= apdu::MAX_RESPONSE);
     }
 }

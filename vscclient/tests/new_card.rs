@@ -65,6 +65,22 @@ fn succeeded(output: &Output) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Such a card is made, and not without a word.
+#[test]
+fn keys_that_opensc_does_not_use_are_warned_of() {
+    let place = Place::new();
+    for (algorithm, warned) in [("rsa4096", true), ("p384", false)] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vscclient"));
+        command.args(["new-card", algorithm, "--name", "Jane", "--pin-file", "pin", "--algorithm"]);
+        command.arg(algorithm);
+        let output = command.current_dir(place.0.path()).output().unwrap();
+        succeeded(&output);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(said.contains("warning: OpenSC"), warned, "{algorithm}: {said}");
+        assert!(place.path(algorithm).join("card.toml").exists());
+    }
+}
+
 #[test]
 fn another_card_made_there_meanwhile_stays_whole() {
     let place = Place::new();

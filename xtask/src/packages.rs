@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use crate::steps::{self, Failure};
 
 /// Each with what it is for.
-const PACKAGES: [(&str, &str); 26] = [
+const PACKAGES: [(&str, &str); 27] = [
     ("pkg-config", "tells cargo where C libraries are"),
     ("libpcsclite-dev", "PC/SC: real readers of the host, the guest's PC/SC program"),
     ("libnss3-dev", "NSS: certificates and keys of the emulated card"),
@@ -20,6 +20,7 @@ const PACKAGES: [(&str, &str); 26] = [
     ("vsmartcard-vpcd", "pcscd's virtual reader: cards on the host, without a VM"),
     ("iproute2", "the loopback of a test's own namespaces"),
     ("softhsm2", "a PKCS#11 token made in software"),
+    ("yubico-piv-tool", "a PIV program that is not OpenSC's, with the card in tests"),
     ("gnutls-bin", "p11tool, one of the programs that use the card in tests"),
     ("libengine-pkcs11-openssl", "openssl with the card in tests"),
     ("openssh-client", "ssh with the card in tests"),

@@ -4,6 +4,7 @@ use vscard_protocol::apdu::{aid, ins};
 use vscard_protocol::{Command, StatusWord};
 
 use super::{Applet, Outcome, Session, fci};
+use crate::keys::writable::Writable;
 use crate::state::CardId;
 use crate::tlv;
 
@@ -23,7 +24,7 @@ impl Applet for DataObjects {
         self.aids.iter().any(|own| own == aid)
     }
 
-    fn fci(&self) -> Vec<u8> {
+    fn fci(&self, _: Option<&dyn Writable>) -> Vec<u8> {
         self.fci.clone()
     }
 

@@ -20,13 +20,20 @@ pub(crate) trait Applet: Send {
     fn answers_to(&self, aid: &[u8]) -> bool;
 
     /// What SELECT returns: file control information (ISO/IEC 7816-4:2005 §5.3.3), or what the application has instead.
-    fn fci(&self) -> Vec<u8>;
+    /// `memory` is as in [`Session::memory`].
+    fn fci(&self, memory: Option<&dyn Writable>) -> Vec<u8>;
 
     /// Longest command data that may come in a chain (ISO/IEC 7816-4:2005 §5.1.1.1) for an instruction; 0 where
     /// there is no chaining.
     fn chain_limit(&self, ins: u8) -> usize {
         let _ = ins;
         0
+    }
+
+    /// Whether a whole command is to use a private key, though it may be refused before it comes here.
+    fn uses_key(&self, command: &Command) -> bool {
+        let _ = command;
+        false
     }
 
     /// A command that is not the card's own (SELECT by identifier, GET CHALLENGE, GET RESPONSE; on a card that is a
@@ -38,8 +45,8 @@ pub(crate) trait Applet: Send {
 pub(crate) struct Session<'a> {
     /// Whether private keys may be used.
     pub(crate) verified: bool,
-    /// Whether the PIN was verified and no key that asks for it each time was used since.
-    pub(crate) fresh: &'a mut bool,
+    /// Whether the PIN was verified and no private key used since.
+    pub(crate) fresh: bool,
     /// What the command before this one left with [`Outcome::Gather`].
     pub(crate) gathered: Secret,
     /// Where challenges come from.

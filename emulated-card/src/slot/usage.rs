@@ -6,6 +6,8 @@ use x509_cert::der::{AnyRef, Decode, Reader, SliceReader, Tag, Tagged};
 use x509_cert::ext::pkix::{ExtendedKeyUsage, KeyUsage, KeyUsages};
 use x509_cert::name::Name;
 
+use crate::keys::KeyKind;
+
 const KEY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.15");
 const EXTENDED_KEY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.37");
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
@@ -33,12 +35,20 @@ pub(super) enum Purpose {
     Encrypt,
     /// Signatures of any kind.
     Sign,
+    /// Signatures and key agreement, with a key on a curve.
+    SignAndAgree,
     /// The certificate does not say, or names several purposes.
     Any,
 }
 
-/// The purpose of the key of a certificate in DER. What cannot be read says nothing.
-pub(super) fn purpose(der: &[u8]) -> Purpose {
+/// Whether a certificate in DER has a key usage extension that can be read.
+pub(super) fn has_key_usage(der: &[u8]) -> bool {
+    let extensions = extensions(der).unwrap_or_default();
+    extensions.iter().any(|(oid, value)| *oid == KEY_USAGE && KeyUsage::from_der(value).is_ok())
+}
+
+/// The purpose of the key of that kind in a certificate in DER. What cannot be read says nothing.
+pub(super) fn purpose(der: &[u8], kind: KeyKind) -> Purpose {
     let extensions = extensions(der).unwrap_or_default();
     let find = |wanted| extensions.iter().find(|(oid, _)| *oid == wanted).map(|(_, value)| *value);
     let extended = find(EXTENDED_KEY_USAGE)
@@ -61,8 +71,11 @@ pub(super) fn purpose(der: &[u8]) -> Purpose {
     if card_alone && signs && !commits && !encrypts {
         return Purpose::CardAuthentication;
     }
+    let agrees = matches!(kind, KeyKind::Ec(_)) && has(KeyUsages::KeyAgreement);
     match (authenticates, commits, signs, encrypts) {
         (true, false, _, _) => Purpose::Authenticate,
+        // Not one that is to have the PIN before each use, whatever else it is for.
+        (_, _, true, _) if agrees && !has(KeyUsages::NonRepudiation) => Purpose::SignAndAgree,
         (false, true, _, _) => Purpose::Commit,
         (false, false, false, true) => Purpose::Encrypt,
         (_, _, true, false) => Purpose::Sign,

@@ -3,6 +3,7 @@
 mod lifecycle;
 mod opensc;
 mod programs;
+pub(crate) mod yubico;
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -211,5 +212,44 @@ async fn a_pin_of_its_own_is_changed_and_unblocked() -> Result<()> {
         let bench = Bench::with_own_pin(Suite { applet, algorithm }).await?;
         opensc::own_pin(&bench).await.with_context(|| format!("{:?}", bench.suite))?;
     }
+    Ok(())
+}
+
+/// A user's only certificate, as for mail: what it says of itself, and OpenSC of it, is so.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_certificate_on_a_curve_signs_and_agrees_on_keys() -> Result<()> {
+    let pcscd = Pcscd::start().await?;
+    pcscd
+        .ok("openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj /CN=Jane \
+             -addext keyUsage=digitalSignature,keyAgreement -keyout jane.key -out jane.crt")
+        .await?;
+    for line in [
+        "openssl pkey -in jane.key -pubout -out jane.pub",
+        "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out peer",
+        "openssl pkey -in peer -pubout -outform DER -out peer.pub",
+        "openssl pkeyutl -derive -inkey peer -peerkey jane.pub -out expected",
+    ] {
+        pcscd.ok(line).await?;
+    }
+    std::fs::write(pcscd.path("message"), MESSAGE)?;
+    std::fs::write(pcscd.path("pin"), OWN_PIN)?;
+    std::fs::set_permissions(pcscd.path("pin"), Permissions::from_mode(0o600))?;
+    let card =
+        pcscd.start_program("vscclient", ["--pin-file", "pin", "--pem", "jane.crt,jane.key", "vpcd:"])?;
+    pcscd.card_in(0).await.with_context(|| card.log())?;
+    let pkcs11 = format!("pkcs11-tool --module {} --login --pin {OWN_PIN}", module()?);
+    let said = pcscd.ok(&format!("{pkcs11} --list-objects --type privkey")).await?;
+    let usage = said.lines().find(|line| line.contains("Usage:")).context("no key")?;
+    ensure!(usage.contains("sign") && usage.contains("derive"), "{said}");
+    for line in [
+        &format!(
+            "{pkcs11} --sign -m ECDSA-SHA256 --signature-format openssl --id 03 -i message -o signature"
+        ),
+        "openssl dgst -sha256 -verify jane.pub -signature signature message",
+        &format!("{pkcs11} --derive -m ECDH1-DERIVE --id 03 -i peer.pub -o derived"),
+    ] {
+        pcscd.ok(line).await?;
+    }
+    ensure!(std::fs::read(pcscd.path("derived"))? == std::fs::read(pcscd.path("expected"))?);
     Ok(())
 }

@@ -53,7 +53,9 @@ async fn four_at_once(stack: &Stack) -> Result<()> {
     guest
         .ok(&format!("setsid guest-pcsc transmit -r 1 {}{selects} >/tmp/verified 2>&1 &", hex(&verify(PIN))))
         .await?;
-    guest.ok("while ! grep -q 9000 /tmp/verified; do pidof guest-pcsc >/dev/null || exit 1; done").await?;
+    guest
+        .ok("while ! head -n 1 /tmp/verified | grep -q 9000; do pidof guest-pcsc >/dev/null || exit 1; done")
+        .await?;
     for reader in [0, 2, 3] {
         let said = guest.ok(&format!("guest-pcsc transmit -r {reader} {status}")).await?.to_uppercase();
         ensure!(said.contains("63C3"), "reader {reader}: {said}");

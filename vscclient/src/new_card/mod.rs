@@ -59,7 +59,7 @@ pub(crate) struct NewCard {
     /// File with a PUK of 8 characters, which unblocks the PIN
     #[arg(long, value_name = "FILE")]
     puk_file: Option<PathBuf>,
-    /// Kind of the card's keys
+    /// Kind of the card's keys; no OpenSC up to 0.27 uses rsa4096
     #[arg(long, value_enum, default_value = "rsa2048")]
     algorithm: Algorithm,
     /// User principal name, as jane@EXAMPLE.COM, in the authentication certificate
@@ -183,6 +183,12 @@ impl NewCard {
     /// Makes the card, all of it or nothing, and says where it is.
     pub(crate) fn run(self) -> Result<String, NewCardError> {
         let secrets = self.secrets()?;
+        if self.algorithm == Algorithm::Rsa4096 {
+            // Before the seconds that such keys take.
+            let warning =
+                "OpenSC up to 0.27 does not use RSA keys of 4096 bits; rsa3072 has the longest that it does";
+            let _ = writeln!(io::stderr(), "vscclient: warning: {warning}");
+        }
         let interrupted = interrupt::watch(self.directory.clone()).map_err(NewCardError::Signals)?;
         let building = Building::begin(&self.directory)?;
         let filled = self.fill(building.path(), &secrets, &interrupted);

@@ -10,6 +10,7 @@ use vscard_protocol::{Command, StatusWord};
 use super::container::{Form, get_properties, long_properties};
 use super::{MAX_CERTIFICATES, TAG_APPLET_INFORMATION, pki_aid, pki_id};
 use crate::applet::{Applet, Outcome, Session, fci};
+use crate::keys::writable::Writable;
 use crate::tlv::simple;
 
 /// Applet family and version, in front of every table.
@@ -169,7 +170,7 @@ impl Applet for AccessControl {
         aid::CAC_ACA == aid
     }
 
-    fn fci(&self) -> Vec<u8> {
+    fn fci(&self, _: Option<&dyn Writable>) -> Vec<u8> {
         fci(&aid::CAC_ACA, &[])
     }
 

@@ -11,6 +11,7 @@ use vscard_protocol::{Command, Secret, StatusWord};
 use super::{TAG_APPLET_INFORMATION, pki_aid, pki_id};
 use crate::applet::{Applet, Outcome, Session, fci};
 use crate::card::{CardBuildError, KeyOperation, KeyWork};
+use crate::keys::writable::Writable;
 use crate::keys::{Certificate, KeyKind};
 use crate::state::CardId;
 use crate::tlv::{put_simple_header, simple};
@@ -120,7 +121,7 @@ impl Applet for Container {
         self.aid == aid
     }
 
-    fn fci(&self) -> Vec<u8> {
+    fn fci(&self, _: Option<&dyn Writable>) -> Vec<u8> {
         fci(&self.aid, &[])
     }
 

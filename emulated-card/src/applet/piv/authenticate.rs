@@ -54,12 +54,6 @@ impl Piv {
     /// P1 is the algorithm, P2 the key.
     pub(super) fn general_authenticate(&self, command: &Command, session: Session<'_>) -> Outcome {
         let (algorithm, reference) = (command.p1(), command.p2());
-        // Whatever comes of this command, the PIN was for it.
-        let fresh = if reference == PivSlot::SIGNATURE.reference() {
-            std::mem::take(session.fresh)
-        } else {
-            *session.fresh
-        };
         if !ALGORITHMS.contains(&algorithm) {
             return StatusWord::INCORRECT_P1P2.into();
         }
@@ -72,7 +66,7 @@ impl Piv {
         };
         let permitted = match key.slot {
             PivSlot::CARD_AUTHENTICATION => true,
-            PivSlot::SIGNATURE => session.verified && fresh,
+            PivSlot::SIGNATURE => session.verified && session.fresh,
             _ => session.verified,
         };
         if !permitted {

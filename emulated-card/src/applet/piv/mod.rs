@@ -20,6 +20,7 @@ use crate::slot::PivSlot;
 use crate::state::CardId;
 use crate::tlv::{self, ber};
 pub(crate) use admin::{Administrator, Attempt};
+use authenticate::CARD_MANAGEMENT;
 use object::Object;
 pub(crate) use write::public_key;
 
@@ -70,11 +71,15 @@ fn algorithm(kind: KeyKind) -> Option<u8> {
     })
 }
 
+/// All kinds of key that PIV has an [`algorithm`] for: these can be generated.
+fn kinds() -> impl Iterator<Item = KeyKind> {
+    let rsa = [1024, 2048, 3072, 4096].map(|bits| KeyKind::Rsa { bits });
+    rsa.into_iter().chain([Curve::P256, Curve::P384].map(KeyKind::Ec))
+}
+
 /// The kind of key to be generated for an algorithm identifier, the opposite of [`algorithm`].
 fn kind_of(identifier: u8) -> Option<KeyKind> {
-    let rsa = [1024, 2048, 3072, 4096].map(|bits| KeyKind::Rsa { bits });
-    let ec = [Curve::P256, Curve::P384].map(KeyKind::Ec);
-    rsa.into_iter().chain(ec).find(|kind| algorithm(*kind) == Some(identifier))
+    kinds().find(|kind| algorithm(*kind) == Some(identifier))
 }
 
 impl Piv {
@@ -108,6 +113,13 @@ impl Piv {
                 Some(Key { slot, index, kind, algorithm: algorithm(kind)? })
             }
         }
+    }
+
+    /// The algorithms of all private keys: of those there are, and those that the administrator can have made. Nothing
+    /// else lets OpenSC after 0.27 use RSA-4096; versions before do not read it.
+    fn algorithms(&self, memory: Option<&dyn Writable>) -> Vec<u8> {
+        let there: Vec<_> = PivSlot::all().filter_map(|slot| Some(self.key(slot, memory)?.kind)).collect();
+        kinds().filter(|kind| self.writable || there.contains(kind)).filter_map(algorithm).collect()
     }
 
     /// GET DATA (Part 2 §3.1.2): the body names the object, 5C L tag.
@@ -146,11 +158,20 @@ impl Applet for Piv {
         aid.len() >= RID_LENGTH && AID.starts_with(aid)
     }
 
-    /// The application property template (Part 2 table 3).
-    fn fci(&self) -> Vec<u8> {
+    /// The application property template (Part 2 tables 3 and 4).
+    fn fci(&self, memory: Option<&dyn Writable>) -> Vec<u8> {
         let (rid, extension) = AID.split_at(RID_LENGTH);
         let authority = ber(&[0x79], &ber(&[0x4F], rid));
-        ber(&[0x61], &[ber(&[0x4F], extension), authority].concat())
+        let mut algorithms: Vec<u8> =
+            self.algorithms(memory).iter().flat_map(|identifier| ber(&[0x80], &[*identifier])).collect();
+        // The object identifier, which is always this.
+        algorithms.extend(ber(&[0x06], &[0x00]));
+        ber(&[0x61], &[ber(&[0x4F], extension), authority, ber(&[0xAC], &algorithms)].concat())
+    }
+
+    fn uses_key(&self, command: &Command) -> bool {
+        // Challenges of the card management key are random numbers to OpenSC.
+        command.ins() == ins::GENERAL_AUTHENTICATE && command.p2() != CARD_MANAGEMENT
     }
 
     fn chain_limit(&self, ins: u8) -> usize {
