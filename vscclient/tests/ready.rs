@@ -55,6 +55,8 @@ impl Manager {
     fn vscclient(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vscclient"));
         command.env("NOTIFY_SOCKET", self.path("notify")).stdin(Stdio::null());
+        // No pcscd of this machine.
+        command.env("PCSCLITE_CSOCK_NAME", self.path("no-pcscd"));
         command
     }
 

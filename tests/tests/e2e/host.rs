@@ -1,5 +1,6 @@
 //! The card in the host's own pcscd, through Debian's vpcd, and every program that uses cards there.
 
+mod idle;
 mod lifecycle;
 mod opensc;
 mod programs;

@@ -17,7 +17,8 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host};
@@ -27,6 +28,9 @@ pub use stream::Stream;
 pub use wire::Wire;
 
 use retry::Retry;
+
+/// Until a peer that is connected to has let us in, or else is taken for one that lets nobody in.
+const SILENT: Duration = Duration::from_secs(2);
 
 /// Whether a network that others can listen to may carry plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,7 +191,7 @@ impl Channel {
             if let Some(at) = self.retry.due(Instant::now()) {
                 tokio::time::sleep_until(at.into()).await;
             }
-            match self.stream_once().await {
+            match self.stream_once_or_tell().await {
                 Ok(stream) if self.listener.is_some() => {
                     self.retry.accepted();
                     return Ok(stream);
@@ -205,6 +209,18 @@ impl Channel {
                 }
             }
         }
+    }
+
+    /// The same as [`stream_once`](Self::stream_once), and a peer that neither lets in nor refuses is told in the log.
+    async fn stream_once_or_tell(&self) -> Result<Stream, ChannelError> {
+        let mut stream = pin!(self.stream_once());
+        if self.listener.is_none() {
+            if let Ok(stream) = tokio::time::timeout(SILENT, &mut stream).await {
+                return stream;
+            }
+            tracing::warn!("{}: no answer yet, nobody is let in there at present", self.endpoint);
+        }
+        stream.await
     }
 
     /// Connects once, or waits for the next peer. Safe to cancel.
