@@ -151,6 +151,10 @@ pub(crate) struct Connection {
     /// End when the connection fails or is lost
     #[arg(long)]
     pub(crate) no_reconnect: bool,
+    /// Return when programs see the card (vpcd:), else when virtual machines can have it, and go on in the background;
+    /// what stands in its way for 30 s is an error
+    #[arg(long)]
+    pub(crate) background: bool,
     /// Print each APDU on a line of its own, without PINs and the answers to private-key operations
     #[arg(long)]
     pub(crate) trace: bool,
@@ -187,7 +191,11 @@ impl Directory {
             false => directory.setup(),
         }
         .map_err(|error| error.to_string())?;
-        Ok(CardSpec { reader: directory.name().to_owned(), card: Wish::Made(Box::new(setup)) })
+        Ok(CardSpec {
+            card: Wish::Made(Box::new(setup)),
+            reader: directory.name().to_owned(),
+            directory: Some(directory.path().to_owned()),
+        })
     }
 }
 
@@ -236,6 +244,8 @@ pub(crate) struct CardSpec {
     pub(crate) card: Wish,
     /// What the guest's host calls the reader.
     pub(crate) reader: String,
+    /// The directory that it is in, if it is one of new-card's.
+    pub(crate) directory: Option<PathBuf>,
 }
 
 /// A card that is to be made, or one that is there.
@@ -290,7 +300,7 @@ impl Serve {
         if let Some(reader) = self.pcsc.take() {
             let config = PcscConfig { reader, exclusive: self.exclusive };
             let raw = RawSetup { config, keep_tries: self.keep_tries };
-            return Ok(CardSpec { card: Wish::Raw(raw), reader: reader_name("") });
+            return Ok(CardSpec { card: Wish::Raw(raw), reader: reader_name(""), directory: None });
         }
         if self.exclusive {
             // clap lets it pass beside options that --pcsc excludes.
@@ -341,7 +351,7 @@ impl Serve {
                         --p12, --module, --token or --pcsc; or `vscclient card DIR ENDPOINT`"
                 .into());
         }
-        Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader })
+        Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader, directory: None })
     }
 }
 
@@ -392,7 +402,7 @@ mod tests {
 
     fn made(args: &[&str]) -> (CardSetup, String) {
         match serve(args).card().unwrap() {
-            CardSpec { card: Wish::Made(setup), reader } => (*setup, reader),
+            CardSpec { card: Wish::Made(setup), reader, .. } => (*setup, reader),
             other => panic!("{other:?}"),
         }
     }

@@ -166,6 +166,14 @@ impl StateDirectory {
         &self.path
     }
 
+    /// Makes it, unless it is there; it is this user's alone then.
+    ///
+    /// # Errors
+    /// [`StateError::Directory`] if it is not, [`StateError::Io`].
+    pub fn create(&self) -> Result<(), StateError> {
+        self.open_or_create().map(drop)
+    }
+
     /// Whether it is there; it is this user's alone then.
     #[cfg(feature = "pem")]
     pub(crate) fn exists(&self) -> Result<bool, StateError> {

@@ -114,7 +114,7 @@ async fn the_card_is_soon_in_a_pcscd_that_cannot_be_kept() -> Result<()> {
     std::thread::spawn(move || refusing.incoming().for_each(drop));
     let client = refused_card(&pcscd, &database)?;
     client.line("pcscd refuses to be kept running").await?;
-    for _ in 0..3 {
+    for _ in 0..stack_tests::scale(3, 2) {
         let mark = client.mark();
         let wait = pcscd.card_in(0);
         let began = Instant::now();
