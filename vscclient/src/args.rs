@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use emulated_card::card::Profile;
 use emulated_card::keys::pem::PemSource;
 use emulated_card::pcsc::PcscConfig;
-use emulated_card::setup::{CardSetup, Keys, OpenCard, RawSetup, SetupError, Wanted};
+use emulated_card::setup::{CardSetup, Keys, OpenCard, RawSetup, SetupError, Wanted, shell_word};
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
 use crate::new_card::{CardDirectory, NewCard};
@@ -189,8 +189,9 @@ impl Directory {
         let setup = match self.writable {
             true => directory.writable(),
             false => directory.setup(),
-        }
-        .map_err(|error| error.to_string())?;
+        };
+        let mut setup = setup.map_err(|error| error.to_string())?;
+        setup.unlock = Some(format!("vscclient unlock {}", shell_word(directory.path())));
         Ok(CardSpec {
             card: Wish::Made(Box::new(setup)),
             reader: directory.name().to_owned(),
@@ -262,6 +263,13 @@ impl Wish {
             Self::Raw(setup) => setup.open(),
         }
     }
+}
+
+/// systemd tells a service alone where its state is.
+fn unlock_command(setup: &CardSetup) -> String {
+    let state = std::env::var_os("STATE_DIRECTORY");
+    let state = state.map(|place| format!("STATE_DIRECTORY={} ", shell_word(place))).unwrap_or_default();
+    format!("{state}vscclient unlock {}", setup.options())
 }
 
 fn reader_name(card_name: &str) -> String {
@@ -351,6 +359,7 @@ impl Serve {
                         --p12, --module, --token or --pcsc; or `vscclient card DIR ENDPOINT`"
                 .into());
         }
+        setup.unlock = Some(unlock_command(&setup));
         Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader, directory: None })
     }
 }

@@ -5,11 +5,9 @@
 //! Until it is ready its standard input and error are its starter's, then nothing and the log file, so that whoever
 //! waits for the end of what the starter prints does not wait for ever.
 
-use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -19,6 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use emulated_card::setup::shell_word;
 use emulated_card::state::{StateDirectory, StateError};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
@@ -217,7 +216,7 @@ pub(crate) fn ready(status: &str) {
     if let Err(error) = here.detach() {
         tracing::error!("--background: {error}");
     }
-    let (pid, log) = (quoted(&here.pid_file), quoted(&here.log_file));
+    let (pid, log) = (shell_word(&here.pid_file), shell_word(&here.log_file));
     let line = format!("{}; log: {log}; to end it: kill $(cat {pid})", status.replace('\n', " "));
     // Whoever is not there any more to hear it has found a card that is served, as was wanted.
     let _ = writeln!(here.starter, "R{line}");
@@ -237,32 +236,9 @@ impl Here {
     }
 }
 
-/// As one word of a shell's command line.
-pub(crate) fn quoted(word: impl AsRef<OsStr>) -> String {
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+,:=@%^".contains(byte);
-    let word = word.as_ref();
-    if !word.is_empty() && word.as_bytes().iter().all(is_plain) {
-        return word.display().to_string();
-    }
-    format!("'{}'", word.display().to_string().replace('\'', "'\\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_word_for_a_shell() {
-        for (word, expected) in [
-            ("/run/card/vscclient.pid", "/run/card/vscclient.pid"),
-            ("", "''"),
-            ("a b", "'a b'"),
-            ("it's", "'it'\\''s'"),
-            ("$(x)", "'$(x)'"),
-        ] {
-            assert_eq!(quoted(word), expected);
-        }
-    }
 
     #[test]
     fn one_file_for_each_endpoint() {

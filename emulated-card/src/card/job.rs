@@ -76,25 +76,57 @@ pub(crate) enum KeyOperation {
 
 /// What fails on a card, for the log. A guest can repeat the command as fast as it likes; the log is not to follow it.
 #[derive(Clone)]
-pub(crate) struct Complaints(Arc<Mutex<LogLines>>);
+pub(crate) struct Complaints {
+    lines: Arc<Mutex<LogLines>>,
+    /// Of wrong and blocked PINs: nothing else that a guest repeats hides these.
+    pin_lines: Arc<Mutex<LogLines>>,
+    /// Added to those about what is blocked.
+    way_out: Arc<str>,
+}
+
+/// What a PIN is to its user.
+const PIN: &str = "PIN";
+const PUK: &str = "PUK";
 
 impl Complaints {
     pub(super) fn new() -> Self {
-        Self(Arc::new(Mutex::new(LogLines::new(Instant::now()))))
+        let lines = || Arc::new(Mutex::new(LogLines::new(Instant::now())));
+        Self { lines: lines(), pin_lines: lines(), way_out: "".into() }
+    }
+
+    #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+    pub(super) fn set_way_out(&mut self, way_out: String) {
+        self.way_out = way_out.into();
     }
 
     pub(crate) fn warn(&self, what: &str, error: impl Display) {
-        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(end) = lines.next(Instant::now()) {
+        if let Some(end) = next(&self.lines) {
             tracing::warn!(%error, "{what}{end}");
         }
     }
 
-    /// The status word of an error.
-    fn pin(&self, error: &PinError) -> StatusWord {
+    fn refused(&self, what: &str, left: Option<u8>) {
+        let Some(end) = next(&self.pin_lines) else { return };
+        let way_out = &self.way_out;
+        match left {
+            Some(0) => tracing::warn!("wrong {what}, and now it is blocked{way_out}{end}"),
+            Some(1) => tracing::warn!("wrong {what}, 1 try left{end}"),
+            Some(left) => tracing::warn!("wrong {what}, {left} tries left{end}"),
+            None => tracing::warn!("{what} refused: it is blocked{way_out}{end}"),
+        }
+    }
+
+    /// The status word of an error about a PIN or PUK.
+    fn pin(&self, what: &str, error: &PinError) -> StatusWord {
         match error {
-            PinError::Wrong { left } => StatusWord::tries_left(*left),
-            PinError::Blocked => StatusWord::AUTHENTICATION_BLOCKED,
+            PinError::Wrong { left } => {
+                self.refused(what, Some(*left));
+                StatusWord::tries_left(*left)
+            }
+            PinError::Blocked => {
+                self.refused(what, None);
+                StatusWord::AUTHENTICATION_BLOCKED
+            }
             PinError::State(_) => {
                 self.warn("PIN check", error);
                 StatusWord::MEMORY_FAILURE
@@ -110,6 +142,10 @@ impl Complaints {
     }
 }
 
+fn next(lines: &Mutex<LogLines>) -> Option<&'static str> {
+    lines.lock().unwrap_or_else(PoisonError::into_inner).next(Instant::now())
+}
+
 type Login = Option<Box<dyn Unlocked>>;
 
 impl Job {
@@ -122,7 +158,7 @@ impl Job {
                 let status = match reference.tries_left() {
                     Ok(0) => StatusWord::AUTHENTICATION_BLOCKED,
                     Ok(left) => StatusWord::tries_left(left),
-                    Err(error) => complaints.pin(&error),
+                    Err(error) => complaints.pin(PIN, &error),
                 };
                 (login, Err(status))
             }
@@ -136,7 +172,7 @@ impl Job {
                     drop(login);
                     logged_in(&complaints, reference.change(&old, &new, &*store))
                 }
-                Err(refused) => (login, Err(complaints.pin(&refused))),
+                Err(refused) => (login, Err(complaints.pin(PIN, &refused))),
             },
             Work::ChangePuk { old, new } => (login, empty(&complaints, reference.change_puk(&old, &new))),
             Work::Unblock { puk, new } => match reference.unblock(&puk, &new) {
@@ -179,7 +215,7 @@ impl KeyWork {
             Ok(login) => self.run_with(&*login, complaints).0,
             // The store is behind the PIN itself, so here this key is, too.
             Err(PinError::NotSupported) => Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED),
-            Err(error) => Err(complaints.pin(&error)),
+            Err(error) => Err(complaints.pin(PIN, &error)),
         };
         (None, result)
     }
@@ -225,10 +261,10 @@ fn logged_in(
 ) -> (Login, Result<Secret, StatusWord>) {
     match result {
         Ok(login) => (Some(login), Ok(Secret::default())),
-        Err(error) => (None, Err(complaints.pin(&error))),
+        Err(error) => (None, Err(complaints.pin(PIN, &error))),
     }
 }
 
 fn empty(complaints: &Complaints, result: Result<(), PinError>) -> Result<Secret, StatusWord> {
-    result.map(|()| Secret::default()).map_err(|error| complaints.pin(&error))
+    result.map(|()| Secret::default()).map_err(|error| complaints.pin(PUK, &error))
 }
