@@ -33,7 +33,8 @@ Examples:
 
   # A test card in one command, and another one to put it into this host's pcscd
   vscclient new-card jane --name 'Jane Doe' --pin-file pin.txt
-  vscclient card jane vpcd:
+  vscclient card jane --background vpcd:
+  kill $(cat jane/vscclient.pid)
 
   # The guest knows the card's own PIN, and never the password of the database
   vscclient --db sql:$HOME/certs --cert id --pin-file pin.txt --password-file password.txt \\
@@ -69,7 +70,7 @@ Exit status:
   1  ended by a second signal, without waiting for the guest, or for the tools of new-card
   2  the command line is wrong
   3  the card cannot be made: keys, certificate, PIN or state; new-card was interrupted
-  4  the connection failed or was lost, with --no-reconnect
+  4  the connection failed or was lost, with --no-reconnect; was not made in 30 s, with --background
   5  the endpoint cannot be used at all
   6  the card was lost by a fault of vscclient or its libraries; a new start brings it back
 A PKCS#11 module that hangs as the program ends is ended by SIGKILL, and that is the status then.";

@@ -4,6 +4,7 @@ mod idle;
 mod lifecycle;
 mod opensc;
 mod programs;
+mod recipes;
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;

@@ -333,10 +333,11 @@ A test card of {name}, made by `vscclient new-card`. Run these commands in this 
 
 Without a VM, through the host's PC/SC service (packages pcscd, vsmartcard-vpcd, opensc):
 
-    vscclient card . vpcd:
-    opensc-tool --wait --name
+    vscclient card . --background vpcd:
+    opensc-tool --name
     pkcs11-tool --list-objects
     pkcs11-tool --login --test
+    kill $(cat vscclient.pid)
 
 In a VM of QEMU, started with
 -usb -device usb-ccid,bus=usb-bus.0 -chardev socket,id=card,path=card.sock,server=on,wait=off
