@@ -74,9 +74,9 @@ pub fn shell_word(word: impl AsRef<OsStr>) -> String {
     let word = word.as_ref();
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+,:=@%^".contains(byte);
     if !word.is_empty() && word.as_bytes().iter().all(is_plain) {
-        return word.display().to_string();
+        return word.to_string_lossy().into_owned();
     }
-    format!("'{}'", word.display().to_string().replace('\'', "'\\''"))
+    format!("'{}'", word.to_string_lossy().replace('\'', "'\\''"))
 }
 
 #[cfg(test)]
