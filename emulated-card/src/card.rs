@@ -322,6 +322,12 @@ impl EmulatedCard {
         Self { complaints: complaints.clone(), ..self }
     }
 
+    /// What is added in the log to a PIN that is blocked.
+    #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+    pub(crate) fn set_way_out(&mut self, way_out: String) {
+        self.complaints.set_way_out(way_out);
+    }
+
     /// What the card answers to reset: T=1 (a `T0` wrapper makes another of it where T=0 is needed).
     pub fn atr(&self) -> &Atr {
         &self.atr

@@ -1,11 +1,13 @@
 //! What the programs' options ask for: [`CardSetup`] opens a card, with all that is around it (its PIN, its state on
 //! disk, its identity), or says why not. [`RawSetup`] does so for a card in a host reader.
 
+mod naming;
+
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::card::{CardBuildError, CardOptions, EmulatedCard, Profile};
 use crate::keys::nss::token::{Module, ModuleError, TokenStore};
@@ -13,7 +15,7 @@ use crate::keys::nss::{NssDatabase, OpenError};
 use crate::keys::pem::{self, PemSource, PemStore};
 use crate::keys::writable::ManagementAlgorithm;
 use crate::keys::written::{ManagementKey, ManagementKeyError, WrittenError, WrittenStore};
-use crate::keys::{KeyKind, KeyStore, UnlockError};
+use crate::keys::{Certificate, KeyKind, KeyStore, UnlockError};
 use crate::pcsc::{PcscConfig, PcscSource};
 use crate::pin::{self, CardPinError, DEFAULT_TRIES, Initial, ReferenceData, SecretFileError};
 use crate::shell::CardSlot;
@@ -21,8 +23,10 @@ use crate::slot::{self, PivSlot};
 use crate::state::{CardClaim, CardId, StateDirectory, StateError};
 use crate::token::{self, TokenCard, TokenCardError};
 use crate::tries::KeepTries;
+pub use naming::shell_word;
 use thiserror::Error;
 use vscard_protocol::{CardSource, LogBudget, Secret};
+use x509_cert::der::DateTime;
 
 const RSA_4096: KeyKind = KeyKind::Rsa { bits: 4096 };
 
@@ -106,6 +110,8 @@ pub struct CardSetup {
     pub written: Option<Written>,
     /// What stands before an option's name where the user writes it: `--` or nothing.
     pub prefix: &'static str,
+    /// The command that gives a blocked PIN its tries back, for the log.
+    pub unlock: Option<String>,
 }
 
 impl Default for CardSetup {
@@ -124,6 +130,7 @@ impl Default for CardSetup {
             state: None,
             written: None,
             prefix: "",
+            unlock: None,
         }
     }
 }
@@ -348,7 +355,7 @@ impl CardSetup {
         }
         let reference = self.reference_data(&*store, &place, &directory, &claim)?;
         // Known now rather than when the user wonders why no PIN is right.
-        warn_of_tries(&reference, 0, "the PIN is blocked; `vscclient unlock` gives it its tries back");
+        warn_of_tries(&reference, 0, &format!("the PIN is blocked{}", self.way_out()));
         // The identity it had the first time.
         let card = self.make(store, reference, claim.id().clone())?;
         let slot = CardSlot::claimed(card, claim).map_err(SetupError::Thread)?;
@@ -501,15 +508,24 @@ impl CardSetup {
             let store: Arc<dyn KeyStore> = store;
             let id = CardId::derive(store.certificates(), &setup.card_name);
             let reference = ReferenceData::of_token(&state, &name, store.clone(), DEFAULT_TRIES);
-            let spent = "no try of the token's PIN is left for the guest, until `vscclient unlock`, or, if the token \
-                         has few tries left itself, until the right PIN is given on the host";
-            warn_of_tries(&reference, keep, spent);
+            let spent = format!(
+                "no try of the token's PIN is left for the guest{}; if the token has few tries left itself, the right \
+                 PIN given on the host helps",
+                setup.way_out()
+            );
+            warn_of_tries(&reference, keep, &spent);
             Ok(setup.make(store, reference, id)?)
         };
         let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
         let card = Arc::new(card);
         let source = keep_tries(card.clone(), keep);
         Ok(OpenCard { source, slot: None, token: Some(card) })
+    }
+
+    /// Of a blocked PIN, to be added to what is said of it.
+    fn way_out(&self) -> String {
+        let command = self.unlock.as_deref();
+        command.map(|command| format!("; to give it its tries back: {command}")).unwrap_or_default()
     }
 
     /// The slots that were asked for.
@@ -524,6 +540,7 @@ impl CardSetup {
         id: CardId,
     ) -> Result<EmulatedCard, CardBuildError> {
         let slots = slot::assign(store.certificates(), &self.explicit())?;
+        store.certificates().iter().for_each(warn_of_validity);
         for (slot, index) in &slots {
             if let Some(certificate) = store.certificates().get(*index) {
                 tracing::debug!("slot {slot}: certificate {:?}, {}", certificate.name, certificate.kind);
@@ -538,7 +555,9 @@ impl CardSetup {
                 std::process::abort();
             }
         });
-        EmulatedCard::new(store, Arc::new(reference), id, options, random)
+        let mut card = EmulatedCard::new(store, Arc::new(reference), id, options, random)?;
+        card.set_way_out(self.way_out());
+        Ok(card)
     }
 
     /// Says which keys OpenSC will not use, or not for all: better now than when the user looks for the fault in the PIN.
@@ -710,6 +729,23 @@ fn warn_of_tries(reference: &ReferenceData, kept: u8, spent: &str) {
         Ok(_) => {}
         Err(error) => LINES.tell("refused", |end| tracing::warn!("every PIN will be refused: {error}{end}")),
     }
+}
+
+/// Says now why programs will refuse a certificate.
+fn warn_of_validity(certificate: &Certificate) {
+    let Some((not_before, not_after)) = certificate.validity() else { return };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let name = &certificate.name;
+    if now > not_after {
+        tracing::warn!("certificate {name:?} has expired, on {}", date(not_after));
+    } else if now < not_before {
+        tracing::warn!("certificate {name:?} is not valid yet, only from {}", date(not_before));
+    }
+}
+
+/// Seconds and all, as certificates have it (RFC 5280 §4.1.2.5).
+fn date(since_1970: Duration) -> String {
+    DateTime::from_unix_duration(since_1970).map(|date| date.to_string()).unwrap_or_default()
 }
 
 fn load(modules: &[PathBuf], db: Option<&str>) -> Result<Vec<Module>, ModuleError> {

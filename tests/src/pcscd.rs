@@ -20,8 +20,6 @@ use crate::turn;
 
 /// For one command; none of them takes seconds.
 const LIMIT: Duration = Duration::from_secs(180);
-/// For a test that runs inside.
-const TEST_LIMIT: Duration = Duration::from_secs(360);
 
 /// Set in a process that runs inside the namespaces.
 const INSIDE: &str = "STACK_INSIDE_PCSCD";
@@ -65,7 +63,8 @@ impl Pcscd {
         let outside = Self::not_started().await?;
         let mut command = outside.command(std::env::current_exe()?);
         command.args([test, "--exact", "--nocapture"]).env(INSIDE, "1");
-        let output = within(None, TEST_LIMIT, test, command.output()).await??;
+        let limit = Duration::from_secs(crate::scale(360, 900).into());
+        let output = within(None, limit, test, command.output()).await??;
         let said = [output.stdout, output.stderr].concat();
         let said = String::from_utf8_lossy(&said);
         ensure!(output.status.success() && said.contains("1 passed"), "{said}");

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use emulated_card::card::Profile;
 use emulated_card::keys::pem::PemSource;
 use emulated_card::pcsc::PcscConfig;
-use emulated_card::setup::{CardSetup, Keys, OpenCard, RawSetup, SetupError, Wanted};
+use emulated_card::setup::{CardSetup, Keys, OpenCard, RawSetup, SetupError, Wanted, shell_word};
 use vscard_protocol::chardev::{Endpoint, Plaintext};
 
 use crate::new_card::{CardDirectory, NewCard};
@@ -33,7 +33,8 @@ Examples:
 
   # A test card in one command, and another one to put it into this host's pcscd
   vscclient new-card jane --name 'Jane Doe' --pin-file pin.txt
-  vscclient card jane vpcd:
+  vscclient card jane --background vpcd:
+  kill $(cat jane/vscclient.pid)
 
   # The guest knows the card's own PIN, and never the password of the database
   vscclient --db sql:$HOME/certs --cert id --pin-file pin.txt --password-file password.txt \\
@@ -69,7 +70,7 @@ Exit status:
   1  ended by a second signal, without waiting for the guest, or for the tools of new-card
   2  the command line is wrong
   3  the card cannot be made: keys, certificate, PIN or state; new-card was interrupted
-  4  the connection failed or was lost, with --no-reconnect
+  4  the connection failed or was lost, with --no-reconnect; was not made in 30 s, with --background
   5  the endpoint cannot be used at all
   6  the card was lost by a fault of vscclient or its libraries; a new start brings it back
 A PKCS#11 module that hangs as the program ends is ended by SIGKILL, and that is the status then.";
@@ -151,6 +152,10 @@ pub(crate) struct Connection {
     /// End when the connection fails or is lost
     #[arg(long)]
     pub(crate) no_reconnect: bool,
+    /// Return when programs see the card (vpcd:), else when virtual machines can have it, and go on in the background;
+    /// what stands in its way for 30 s is an error
+    #[arg(long)]
+    pub(crate) background: bool,
     /// Print each APDU on a line of its own, with the bodies and answers of SELECT and what only reads
     #[arg(long)]
     pub(crate) trace: bool,
@@ -185,9 +190,14 @@ impl Directory {
         let setup = match self.writable {
             true => directory.writable(),
             false => directory.setup(),
-        }
-        .map_err(|error| error.to_string())?;
-        Ok(CardSpec { reader: directory.name().to_owned(), card: Wish::Made(Box::new(setup)) })
+        };
+        let mut setup = setup.map_err(|error| error.to_string())?;
+        setup.unlock = Some(format!("vscclient unlock {}", shell_word(directory.path())));
+        Ok(CardSpec {
+            card: Wish::Made(Box::new(setup)),
+            reader: directory.name().to_owned(),
+            directory: Some(directory.path().to_owned()),
+        })
     }
 }
 
@@ -236,6 +246,8 @@ pub(crate) struct CardSpec {
     pub(crate) card: Wish,
     /// What the guest's host calls the reader.
     pub(crate) reader: String,
+    /// The directory that it is in, if it is one of new-card's.
+    pub(crate) directory: Option<PathBuf>,
 }
 
 /// A card that is to be made, or one that is there.
@@ -252,6 +264,13 @@ impl Wish {
             Self::Raw(setup) => setup.open(),
         }
     }
+}
+
+/// systemd tells a service alone where its state is.
+fn unlock_command(setup: &CardSetup) -> String {
+    let state = std::env::var_os("STATE_DIRECTORY");
+    let state = state.map(|place| format!("STATE_DIRECTORY={} ", shell_word(place))).unwrap_or_default();
+    format!("{state}vscclient unlock {}", setup.options())
 }
 
 fn reader_name(card_name: &str) -> String {
@@ -290,7 +309,7 @@ impl Serve {
         if let Some(reader) = self.pcsc.take() {
             let config = PcscConfig { reader, exclusive: self.exclusive };
             let raw = RawSetup { config, keep_tries: self.keep_tries };
-            return Ok(CardSpec { card: Wish::Raw(raw), reader: reader_name("") });
+            return Ok(CardSpec { card: Wish::Raw(raw), reader: reader_name(""), directory: None });
         }
         if self.exclusive {
             // clap lets it pass beside options that --pcsc excludes.
@@ -341,7 +360,8 @@ impl Serve {
                         --p12, --module, --token or --pcsc; or `vscclient card DIR ENDPOINT`"
                 .into());
         }
-        Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader })
+        setup.unlock = Some(unlock_command(&setup));
+        Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader, directory: None })
     }
 }
 
@@ -392,7 +412,7 @@ mod tests {
 
     fn made(args: &[&str]) -> (CardSetup, String) {
         match serve(args).card().unwrap() {
-            CardSpec { card: Wish::Made(setup), reader } => (*setup, reader),
+            CardSpec { card: Wish::Made(setup), reader, .. } => (*setup, reader),
             other => panic!("{other:?}"),
         }
     }

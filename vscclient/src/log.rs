@@ -15,11 +15,11 @@ pub(crate) struct Level(reload::Handle<LevelFilter, Registry>);
 
 impl Level {
     /// Starts logging at `level`, on the scale of the old vscclient.
-    pub(crate) fn start(level: u32) -> Self {
+    pub(crate) fn start(level: u32, may_have_colours: bool) -> Self {
         let (filter, handle) = reload::Layer::new(filter(level));
         let layer = fmt::layer()
             .with_writer(std::io::stderr)
-            .with_ansi(std::io::stderr().is_terminal())
+            .with_ansi(may_have_colours && std::io::stderr().is_terminal())
             .with_target(false)
             .log_internal_errors(false);
         tracing_subscriber::registry().with(filter).with(layer).init();

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod background;
 mod console;
 mod legacy;
 mod log;
@@ -79,10 +80,20 @@ fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
         Ok(endpoint) => endpoint,
         Err(error) => return fail(USAGE, &error),
     };
-    let level = Level::start(connection.debug_level());
+    if connection.background && !background::is_here() {
+        return background::start();
+    }
+    let level = Level::start(connection.debug_level(), !connection.background);
     let card = match spec.card.open() {
         Ok(card) => card,
         Err(error) => return fail(NO_CARD, &error.to_string()),
+    };
+    let _pid_file = match connection.background {
+        true => match background::prepare(spec.directory.as_deref(), &endpoint) {
+            Ok(file) => Some(file),
+            Err(error) => return fail(NO_CARD, &error),
+        },
+        false => None,
     };
     let status = show(&card, endpoint, spec, connection, level);
     close(card);
@@ -92,7 +103,8 @@ fn serve(spec: &CardSpec, connection: &Connection) -> u8 {
 fn show(card: &OpenCard, endpoint: Endpoint, spec: &CardSpec, connection: &Connection, level: Level) -> u8 {
     let (wishes, mut wanted) = mpsc::channel(4);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = match watch_ends(wishes.clone()).and(runtime) {
+    let watched = watch_ends(wishes.clone()).and_then(|()| background::leave_with_starter(wishes.clone()));
+    let runtime = match watched.and(runtime) {
         Ok(runtime) => runtime,
         Err(error) => return fail(UNUSABLE, &format!("no event loop: {error}")),
     };
@@ -131,7 +143,9 @@ async fn run(
     if let Some(slot) = &card.slot {
         slot.insert();
     }
-    console.start();
+    if !connection.background {
+        console.start();
+    }
     let source: Arc<dyn CardSource> = if connection.trace {
         Arc::new(Traced::new(card.source.clone(), log::trace_sink()))
     } else {

@@ -1,4 +1,4 @@
-//! What the service manager that started us, if one did, is told (sd_notify(3)).
+//! What the service manager that started us, if one did, is told (sd_notify(3)), and who started us with `--background`.
 //!
 //! One that does not read holds nothing up: that we are ready is told when there is room for it, and what
 //! `systemctl status` shows is left out.
@@ -7,6 +7,8 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use emulated_card::process::ServiceManager;
+
+use crate::background;
 
 /// Between attempts to tell that we are ready.
 const FULL: Duration = Duration::from_millis(250);
@@ -18,6 +20,7 @@ static MANAGER: LazyLock<Option<Mutex<Manager>>> = LazyLock::new(|| {
 
 /// The card is there for its users, as far as that is up to us.
 pub(crate) fn ready(status: &str) {
+    background::ready(status);
     let Some(mut manager) = manager() else { return };
     manager.status = status.to_owned();
     let waiting = std::mem::replace(&mut manager.ready, true);
@@ -42,6 +45,7 @@ async fn tell_again() {
 
 /// What `systemctl status` shows.
 pub(crate) fn status(status: &str) {
+    background::status(status);
     let Some(mut manager) = manager() else { return };
     if manager.status != status {
         manager.status = status.to_owned();

@@ -7,9 +7,11 @@
 //! reads its ATR, and only then tells its programs of it: so they see it when vpcd asks for the next thing.
 
 mod endpoint;
+mod held;
 
 use std::convert::Infallible;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +20,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use vscard_protocol::chardev::{Channel, Endpoint, Plaintext};
+use vscard_protocol::chardev::{Channel, ChannelError, Endpoint, Plaintext};
 use vscard_protocol::{
     Atr, Card, CardError, CardSource, Command, Limits, LogBudget, Presence, PresenceWatch, Response,
     StatusWord,
@@ -28,12 +30,15 @@ use zeroize::Zeroizing;
 use crate::notify;
 use crate::session::{End, Wish};
 pub(crate) use endpoint::{PREFIX, endpoint};
+use held::HeldContext;
 
 /// For the next question after one that has no answer.
 ///
 /// A program can send the card a single byte, which looks like a command to the reader: then vpcd waits for an
 /// answer that no card gives, and pcscd with it, until the card is taken out.
 const MOST_SILENCE: Duration = Duration::from_secs(5);
+/// Until vpcd asks for a card that was put in: it takes one, and further ones wait until that is taken out.
+const SLOT_IS_FREE: Duration = Duration::from_secs(2);
 
 /// Cards and connections come and go as fast as a card or a peer likes.
 static LINES: LogBudget<&str> = LogBudget::new();
@@ -55,14 +60,39 @@ pub(crate) async fn run(
     wishes: &mut mpsc::Receiver<Wish>,
 ) -> End {
     tracing::info!("for the reader of pcscd at {endpoint} (driver: vpcd)");
+    let serve = async {
+        let held = match held_context(&endpoint, plaintext).await {
+            Ok(held) => held,
+            Err(error) => return End::Unusable(error),
+        };
+        show(source, endpoint, plaintext, reconnect, held).await
+    };
     // The rest can be dropped at any moment: with it go the connection and the card's session.
     tokio::select! {
         Some(Wish::Leave) = wishes.recv() => End::Left,
-        end = show(source, endpoint, plaintext, reconnect) => end,
+        end = serve => end,
     }
 }
 
-async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaintext, reconnect: bool) -> End {
+/// For a vpcd on this machine; another machine's pcscd can be kept running by that machine only.
+async fn held_context(
+    endpoint: &Endpoint,
+    plaintext: Plaintext,
+) -> Result<Option<HeldContext>, ChannelError> {
+    if !Channel::open(endpoint.clone(), plaintext).await?.is_local().await {
+        return Ok(None);
+    }
+    let held = HeldContext::start();
+    Ok(held.inspect_err(|error| tracing::warn!("nothing keeps pcscd running: {error}")).ok())
+}
+
+async fn show(
+    source: Arc<dyn CardSource>,
+    endpoint: Endpoint,
+    plaintext: Plaintext,
+    reconnect: bool,
+    held: Option<HeldContext>,
+) -> End {
     let mut presence = source.presence();
     loop {
         let Presence::Present { insertion, atr, limits } = presence.get() else {
@@ -84,7 +114,7 @@ async fn show(source: Arc<dyn CardSource>, endpoint: Endpoint, plaintext: Plaint
             Ok(channel) => channel,
             Err(error) => return End::Unusable(error),
         };
-        let shown = Shown { source: &*source, insertion, atr, limits };
+        let shown = Shown { source: &*source, insertion, atr, limits, held: held.as_ref() };
         tokio::select! {
             end = shown.stay_in(&mut channel, reconnect) => return end,
             () = removed(&mut presence, insertion) => {
@@ -106,6 +136,7 @@ struct Shown<'a> {
     insertion: u64,
     atr: Atr,
     limits: Limits,
+    held: Option<&'a HeldContext>,
 }
 
 /// Why a connection ended.
@@ -188,8 +219,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn serve(&mut self, shown: &Shown<'_>, endpoint: &Endpoint) -> Result<Infallible, Lost> {
         let mut card = None;
         let mut ready = Ready::NotPowered;
-        let mut question = self.question().await?;
+        let mut question = self.first_question(endpoint).await?;
         LINES.tell("put in", |end| tracing::info!("{endpoint}: card put in{end}"));
+        if let Some(held) = shown.held {
+            held.pcscd_is_there();
+        }
         loop {
             if ready == Ready::Next {
                 ready = Ready::Told;
@@ -226,6 +260,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 tokio::time::timeout(MOST_SILENCE, self.question()).await.map_err(|_| Lost::Silent)??
             };
         }
+    }
+
+    async fn first_question(&mut self, endpoint: &Endpoint) -> io::Result<Zeroizing<Vec<u8>>> {
+        let mut question = pin!(self.question());
+        if let Ok(question) = tokio::time::timeout(SLOT_IS_FREE, &mut question).await {
+            return question;
+        }
+        LINES.tell("taken", |end| {
+            tracing::warn!(
+                "{endpoint}: the slot is taken by another card; this one is put in when that one goes{end}"
+            );
+        });
+        notify::status(&format!("waiting for another card to leave pcscd's reader at {endpoint}"));
+        question.await
     }
 
     async fn question(&mut self) -> io::Result<Zeroizing<Vec<u8>>> {

@@ -1,8 +1,10 @@
 //! When a service manager is told that the card is there.
 #![allow(clippy::unwrap_used, reason = "a test says where it failed")]
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream};
+mod vpcd;
+
+use std::io::{ErrorKind, Write};
+use std::net::TcpStream;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
@@ -10,11 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use tempfile::TempDir;
 
-const ON: u8 = 0x01;
-const ATR: u8 = 0x04;
+use vpcd::{ATR, answer, ask, power, vpcd};
 
 /// A card directory, and the socket that a service manager has.
 struct Manager {
@@ -55,6 +55,8 @@ impl Manager {
     fn vscclient(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vscclient"));
         command.env("NOTIFY_SOCKET", self.path("notify")).stdin(Stdio::null());
+        // No pcscd of this machine.
+        command.env("PCSCLITE_CSOCK_NAME", self.path("no-pcscd"));
         command
     }
 
@@ -81,33 +83,6 @@ impl Manager {
         let nothing = self.socket.recv(&mut [0; 1]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
         self.socket.set_nonblocking(false).unwrap();
         nothing
-    }
-}
-
-fn ask(card: &mut TcpStream, question: u8) {
-    card.write_all(&[0, 1, question]).unwrap();
-}
-
-fn answer(card: &mut TcpStream) -> Vec<u8> {
-    let mut length = [0; 2];
-    card.read_exact(&mut length).unwrap();
-    let mut answer = vec![0; u16::from_be_bytes(length).into()];
-    card.read_exact(&mut answer).unwrap();
-    answer
-}
-
-fn vpcd() -> (TcpListener, u16) {
-    let vpcd = TcpListener::bind("127.0.0.1:0").unwrap();
-    set_socket_timeout(&vpcd, Timeout::Recv, Some(Duration::from_secs(60))).unwrap();
-    let port = vpcd.local_addr().unwrap().port();
-    (vpcd, port)
-}
-
-/// Finds the card and powers it.
-fn power(card: &mut TcpStream) {
-    for questions in [&[ATR][..], &[ATR], &[ON, ATR]] {
-        questions.iter().for_each(|question| ask(card, *question));
-        assert_eq!(answer(card)[0], 0x3B);
     }
 }
 

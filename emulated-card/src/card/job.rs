@@ -90,20 +90,49 @@ pub(crate) enum KeyOperation {
 }
 
 /// What fails on a card, for the log. A guest can repeat the command as fast as it likes; the log is not to follow it.
-/// What each complaint is about is its kind.
+/// What each complaint is about is its kind, so that nothing else that a guest repeats hides wrong and blocked PINs.
 #[derive(Clone, Default)]
-pub(crate) struct Complaints(Arc<LogBudget<&'static str>>);
+pub(crate) struct Complaints {
+    lines: Arc<LogBudget<&'static str>>,
+    /// Added to those about what is blocked.
+    way_out: Arc<str>,
+}
+
+/// What a PIN is to its user.
+const PIN: &str = "PIN";
+const PUK: &str = "PUK";
 
 impl Complaints {
-    pub(crate) fn warn(&self, what: &'static str, error: impl Display) {
-        self.0.tell(what, |end| tracing::warn!(%error, "{what}{end}"));
+    #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+    pub(super) fn set_way_out(&mut self, way_out: String) {
+        self.way_out = way_out.into();
     }
 
-    /// The status word of an error.
-    fn pin(&self, error: &PinError) -> StatusWord {
+    pub(crate) fn warn(&self, what: &'static str, error: impl Display) {
+        self.lines.tell(what, |end| tracing::warn!(%error, "{what}{end}"));
+    }
+
+    fn refused(&self, what: &'static str, left: Option<u8>) {
+        let way_out = &self.way_out;
+        self.lines.tell(what, |end| match left {
+            Some(0) => tracing::warn!("wrong {what}, and now it is blocked{way_out}{end}"),
+            Some(1) => tracing::warn!("wrong {what}, 1 try left{end}"),
+            Some(left) => tracing::warn!("wrong {what}, {left} tries left{end}"),
+            None => tracing::warn!("{what} refused: it is blocked{way_out}{end}"),
+        });
+    }
+
+    /// The status word of an error about a PIN or PUK.
+    fn pin(&self, what: &'static str, error: &PinError) -> StatusWord {
         match error {
-            PinError::Wrong { left } => StatusWord::tries_left(*left),
-            PinError::Blocked => StatusWord::AUTHENTICATION_BLOCKED,
+            PinError::Wrong { left } => {
+                self.refused(what, Some(*left));
+                StatusWord::tries_left(*left)
+            }
+            PinError::Blocked => {
+                self.refused(what, None);
+                StatusWord::AUTHENTICATION_BLOCKED
+            }
             PinError::State(_) => {
                 self.warn("PIN check", error);
                 StatusWord::MEMORY_FAILURE
@@ -130,7 +159,7 @@ impl Job {
                 let status = match reference.tries_left() {
                     Ok(0) => StatusWord::AUTHENTICATION_BLOCKED,
                     Ok(left) => StatusWord::tries_left(left),
-                    Err(error) => complaints.pin(&error),
+                    Err(error) => complaints.pin(PIN, &error),
                 };
                 (login, Err(status))
             }
@@ -144,7 +173,7 @@ impl Job {
                     drop(login);
                     logged_in(&complaints, reference.change(&old, &new, &*store))
                 }
-                Err(refused) => (login, Err(complaints.pin(&refused))),
+                Err(refused) => (login, Err(complaints.pin(PIN, &refused))),
             },
             Work::ChangePuk { old, new } => (login, empty(&complaints, reference.change_puk(&old, &new))),
             Work::Unblock { puk, new } => match reference.unblock(&puk, &new) {
@@ -187,7 +216,7 @@ impl KeyWork {
             Ok(login) => self.run_with(&*login, complaints).0,
             // The store is behind the PIN itself, so here this key is, too.
             Err(PinError::NotSupported) => Err(StatusWord::SECURITY_STATUS_NOT_SATISFIED),
-            Err(error) => Err(complaints.pin(&error)),
+            Err(error) => Err(complaints.pin(PIN, &error)),
         };
         (None, result)
     }
@@ -233,10 +262,10 @@ fn logged_in(
 ) -> (Option<Login>, Result<Secret, StatusWord>) {
     match result {
         Ok(unlocked) => (Some(Login { life: Arc::default(), unlocked }), Ok(Secret::default())),
-        Err(error) => (None, Err(complaints.pin(&error))),
+        Err(error) => (None, Err(complaints.pin(PIN, &error))),
     }
 }
 
 fn empty(complaints: &Complaints, result: Result<(), PinError>) -> Result<Secret, StatusWord> {
-    result.map(|()| Secret::default()).map_err(|error| complaints.pin(&error))
+    result.map(|()| Secret::default()).map_err(|error| complaints.pin(PUK, &error))
 }

@@ -79,6 +79,15 @@ pub struct Certificate {
     pub kind: KeyKind,
 }
 
+impl Certificate {
+    /// notBefore and notAfter, since 1970.
+    #[cfg(all(unix, feature = "nss", feature = "pem", feature = "pcsc"))]
+    pub(crate) fn validity(&self) -> Option<(std::time::Duration, std::time::Duration)> {
+        let (not_after, not_before) = certificate::parse(&self.der).ok()?.validity;
+        Some((not_before, not_after))
+    }
+}
+
 /// A place that holds certificates and private keys. All calls may block.
 pub trait KeyStore: Send + Sync {
     /// The certificates, in the order they were asked for; each has a private key.

@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::StateError;
 use super::format::MAX_FILE;
+use super::place::open_to_others;
 
 /// The state directory, open: what is done in one VERIFY is done in one directory, even if it is moved meanwhile.
 pub(super) struct Directory {
@@ -36,11 +37,8 @@ impl Directory {
         if !metadata.is_file() {
             return Err(refused("is not a regular file"));
         }
-        if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return Err(refused("belongs to another user"));
-        }
-        if metadata.mode() & 0o022 != 0 {
-            return Err(refused("can be written to by others"));
+        if let Some(what) = open_to_others(&metadata, &[rustix::process::geteuid().as_raw()]) {
+            return Err(refused(what));
         }
         if metadata.len() > MAX_FILE {
             return Err(refused("is too long"));

@@ -14,7 +14,6 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -27,6 +26,7 @@ use crate::pin::CardPinError;
 mod directory;
 mod format;
 mod identity;
+mod place;
 mod record;
 
 pub use directory::sync_directory;
@@ -35,6 +35,7 @@ pub(crate) use format::Contents;
 #[cfg(all(unix, feature = "nss"))]
 pub(crate) use identity::TokenClaim;
 pub use identity::{CardClaim, CardId};
+pub use place::{PlaceError, own_new_path, own_path};
 pub(crate) use record::{LockedRecord, Record};
 
 /// Why a card's state could not be used.
@@ -165,6 +166,14 @@ impl StateDirectory {
         &self.path
     }
 
+    /// Makes it, unless it is there; it is this user's alone then.
+    ///
+    /// # Errors
+    /// [`StateError::Directory`] if it is not, [`StateError::Io`].
+    pub fn create(&self) -> Result<(), StateError> {
+        self.open_or_create().map(drop)
+    }
+
     /// Whether it is there; it is this user's alone then.
     #[cfg(feature = "pem")]
     pub(crate) fn exists(&self) -> Result<bool, StateError> {
@@ -197,11 +206,9 @@ impl StateDirectory {
         let metadata =
             file.metadata().map_err(|source| self.io_error("look at the state directory", source))?;
         let refused = |what| Err(StateError::Directory { path: self.path.clone(), what });
-        if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return refused("belongs to another user");
-        }
-        if metadata.mode() & 0o022 != 0 {
-            return refused("can be written to by others: take that away with chmod go-w");
+        // Whoever is to write to it, and root could not be kept from it anyway.
+        if let Some(what) = place::open_to_others(&metadata, &[rustix::process::geteuid().as_raw()]) {
+            return refused(what);
         }
         Ok(Some(Directory { file, path: self.path.clone() }))
     }

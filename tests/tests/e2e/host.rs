@@ -1,8 +1,10 @@
 //! The card in the host's own pcscd, through Debian's vpcd, and every program that uses cards there.
 
+mod idle;
 mod lifecycle;
 mod opensc;
 mod programs;
+mod recipes;
 pub(crate) mod yubico;
 
 use std::fs::Permissions;

@@ -15,10 +15,11 @@ mod stream;
 mod wire;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, lookup_host};
@@ -34,6 +35,9 @@ use retry::Retry;
 /// Peers that may wait to be let in; the kernel's limit may be lower.
 #[cfg(target_os = "linux")]
 const BACKLOG: i32 = 1024;
+
+/// Until a peer that is connected to has let us in, or else is taken for one that lets nobody in.
+const SILENT: Duration = Duration::from_secs(2);
 
 /// Whether a network that others can listen to may carry plain text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +119,7 @@ pub struct Channel {
 enum Line {
     Failed,
     Refused,
+    Silent,
 }
 
 #[derive(Debug)]
@@ -192,8 +197,9 @@ impl Channel {
     /// The next stream: connects, or waits for a peer, and tries again if that fails. Safe to cancel.
     ///
     /// Whoever asks again has lost the stream before. Between tries there are waits of a quarter of a second, at
-    /// first, up to five seconds; a connection that has lasted a second makes them short again. A listening
-    /// endpoint waits only after a failure. What fails is told in the log, once.
+    /// first, up to five seconds; a connection that has lasted a second makes them short again, and they stay short
+    /// while nobody listens on this machine, which costs nothing to find out. A listening endpoint waits only after a
+    /// failure. What fails is told in the log, once.
     ///
     /// # Errors
     /// [`ChannelError`], those that are not [transient](ChannelError::is_transient).
@@ -202,7 +208,7 @@ impl Channel {
             if let Some(at) = self.retry.due(Instant::now()) {
                 tokio::time::sleep_until(at.into()).await;
             }
-            match self.stream_once().await {
+            match self.stream_once_or_tell().await {
                 Ok(stream) if self.listener.is_some() => {
                     self.retry.accepted();
                     return Ok(stream);
@@ -213,12 +219,27 @@ impl Channel {
                 }
                 Err(error) if !error.is_transient() => return Err(error),
                 Err(error) => {
-                    if self.retry.failed(&error.to_string(), Instant::now()) {
+                    let is_free = is_refusal(&error) && self.is_local().await;
+                    if self.retry.failed(&error.to_string(), is_free, Instant::now()) {
                         self.lines.tell(Line::Failed, |end| tracing::warn!("{error}; trying again{end}"));
                     }
                 }
             }
         }
+    }
+
+    /// The same as [`stream_once`](Self::stream_once), and a peer that neither lets in nor refuses is told in the log.
+    async fn stream_once_or_tell(&self) -> Result<Stream, ChannelError> {
+        let mut stream = pin!(self.stream_once());
+        if self.listener.is_none() {
+            if let Ok(stream) = tokio::time::timeout(SILENT, &mut stream).await {
+                return stream;
+            }
+            self.lines.tell(Line::Silent, |end| {
+                tracing::warn!("{}: no answer yet, nobody is let in there at present{end}", self.endpoint);
+            });
+        }
+        stream.await
     }
 
     /// Connects once, or waits for the next peer. Safe to cancel.
@@ -265,16 +286,25 @@ impl Channel {
         lets_in
     }
 
+    /// Whether its peers are on this machine only: a UNIX socket, or a name or address that means loopback.
+    pub async fn is_local(&self) -> bool {
+        match &self.endpoint {
+            Endpoint::Unix { .. } | Endpoint::UnixListen { .. } => true,
+            Endpoint::Tcp { host, port } | Endpoint::TcpListen { host, port } => {
+                resolve(host, *port).await.is_ok_and(|addresses| addresses.iter().all(is_loopback))
+            }
+        }
+    }
+
     /// The TCP addresses of the endpoint, all of them allowed.
     async fn addresses(&self) -> Result<Vec<SocketAddr>, ChannelError> {
         let (Endpoint::Tcp { host, port } | Endpoint::TcpListen { host, port }) = &self.endpoint else {
             return Ok(Vec::new());
         };
-        let found = lookup_host((host.as_str(), *port)).await;
-        let addresses: Vec<SocketAddr> = found
-            .map_err(|source| ChannelError::Resolve { endpoint: self.endpoint.clone(), source })?
-            .collect();
-        let outside = addresses.iter().find(|address| !address.ip().to_canonical().is_loopback());
+        let addresses = resolve(host, *port)
+            .await
+            .map_err(|source| ChannelError::Resolve { endpoint: self.endpoint.clone(), source })?;
+        let outside = addresses.iter().find(|address| !is_loopback(address));
         match outside {
             Some(address) if self.plaintext == Plaintext::LoopbackOnly => {
                 Err(ChannelError::Plaintext { endpoint: self.endpoint.clone(), address: *address })
@@ -282,6 +312,31 @@ impl Channel {
             _ => Ok(addresses),
         }
     }
+}
+
+/// Nobody listens there, and no packet was lost for that.
+fn is_refusal(error: &ChannelError) -> bool {
+    let ChannelError::Connect { source, .. } = error else { return false };
+    matches!(source.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+}
+
+fn is_loopback(address: &SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
+}
+
+async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    if is_localhost(host) {
+        // First where vpcd listens, and where QEMU's user network ends.
+        return Ok(vec![(Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into()]);
+    }
+    Ok(lookup_host((host, port)).await?.collect())
+}
+
+/// RFC 6761 §6.3: that name and those below it are loopback, and no resolver is to be asked. A container has none.
+fn is_localhost(host: &str) -> bool {
+    let host = host.strip_suffix('.').unwrap_or(host);
+    let last = host.rsplit('.').next().unwrap_or_default();
+    last.eq_ignore_ascii_case("localhost")
 }
 
 async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
@@ -438,6 +493,35 @@ mod tests {
         let mut listen = Channel::open(listening, Plaintext::LoopbackOnly).await.unwrap();
         let (connected, accepted) = tokio::join!(waiting, listen.stream());
         assert!(connected.is_ok() && accepted.is_ok());
+    }
+
+    #[tokio::test]
+    async fn localhost_is_loopback_whatever_a_resolver_says() {
+        for name in ["localhost", "LocalHost", "localhost.", "card.localhost", "card.localhost."] {
+            // Nothing is asked: with the addresses there is no order to wait for.
+            let addresses = resolve(name, 7).await.unwrap();
+            let texts: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+            assert_eq!(texts, ["127.0.0.1:7", "[::1]:7"], "{name}");
+        }
+        for name in ["localhost.example.com", "notlocalhost", "localhost..", "", "127.0.0.1"] {
+            assert!(!is_localhost(name), "{name}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_local() {
+        for (text, local) in [
+            ("tcp:localhost:1", true),
+            ("tcp:127.8.8.8:1", true),
+            ("tcp-listen:[::1]:1", true),
+            ("tcp:[::ffff:127.0.0.1]:1", true),
+            ("unix:/x", true),
+            ("tcp:192.0.2.1:1", false),
+            ("tcp:[2001:db8::1]:1", false),
+        ] {
+            let channel = Channel::open(endpoint(text), Plaintext::Anywhere).await.unwrap();
+            assert_eq!(channel.is_local().await, local, "{text}");
+        }
     }
 
     #[tokio::test]

@@ -54,9 +54,12 @@ impl Retry {
         self.delay = FIRST;
     }
 
-    /// The try failed; whether that is news.
-    pub(super) fn failed(&mut self, failure: &str, now: Instant) -> bool {
-        self.put_off(now);
+    /// The try failed; whether that is news. After one that costs nothing, the next need not be put off for long.
+    pub(super) fn failed(&mut self, failure: &str, is_free: bool, now: Instant) -> bool {
+        match is_free {
+            true => self.at = Some(now + FIRST),
+            false => self.put_off(now),
+        }
         let told = self.told.replace((failure.to_owned(), now));
         told.is_none_or(|(told, met)| told != failure || now >= met + FORGOTTEN)
     }
@@ -76,14 +79,14 @@ mod tests {
         let mut retry = Retry::new();
         let mut now = Instant::now();
         assert_eq!(retry.due(now), None);
-        assert!(retry.failed("refused", now));
+        assert!(retry.failed("refused", false, now));
         assert_eq!(retry.due(now), Some(now + FIRST));
         // Whoever gave up waiting and asks again waits no longer.
         assert_eq!(retry.due(now + FIRST / 2), Some(now + FIRST));
         now += FIRST;
-        assert!(!retry.failed("refused", now));
+        assert!(!retry.failed("refused", false, now));
         assert_eq!(retry.due(now), Some(now + 2 * FIRST));
-        assert!(retry.failed("no route", now));
+        assert!(retry.failed("no route", false, now));
         // Taken and dropped at once.
         retry.connected(now);
         assert_eq!(retry.due(now), Some(now + 8 * FIRST));
@@ -95,20 +98,36 @@ mod tests {
         retry.connected(now);
         now += LASTED;
         assert_eq!(retry.due(now), Some(now + FIRST));
-        assert!(retry.failed("refused", now));
+        assert!(retry.failed("refused", false, now));
+    }
+
+    #[test]
+    fn who_is_not_there_yet_is_looked_for_often() {
+        let mut retry = Retry::new();
+        let mut now = Instant::now();
+        for _ in 0..1000 {
+            retry.failed("refused", true, now);
+            assert_eq!(retry.due(now), Some(now + FIRST));
+            now += FIRST;
+        }
+        // Who lets in and drops at once is not.
+        retry.connected(now);
+        assert_eq!(retry.due(now), Some(now + FIRST));
+        retry.connected(now);
+        assert_eq!(retry.due(now), Some(now + 2 * FIRST));
     }
 
     #[test]
     fn a_listener_waits_after_failures_only_and_tells_them_once() {
         let mut retry = Retry::new();
         let mut now = Instant::now();
-        assert!(retry.failed("no file descriptors", now));
+        assert!(retry.failed("no file descriptors", false, now));
         now = retry.due(now).unwrap();
         retry.accepted();
         assert_eq!(retry.due(now), None);
-        assert!(!retry.failed("no file descriptors", now));
+        assert!(!retry.failed("no file descriptors", false, now));
         assert_eq!(retry.due(now), Some(now + FIRST));
         now += FORGOTTEN;
-        assert!(retry.failed("no file descriptors", now));
+        assert!(retry.failed("no file descriptors", false, now));
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use emulated_card::state;
+use emulated_card::state::{self, PlaceError, own_new_path, own_path};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
@@ -32,18 +32,25 @@ pub(super) struct Building {
 
 impl Building {
     /// Makes the card's directory, which may be there if nothing is in it, nobody else's.
+    ///
+    /// Who could write to a directory above could put another one in its place, and so have root make files anywhere.
     pub(super) fn begin(card: &Path) -> Result<Self, NewCardError> {
         let fail = |source| NewCardError::Io { path: card.to_owned(), source };
-        let made = match DirBuilder::new().mode(0o700).create(card) {
-            Ok(()) => true,
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                check_empty(card)?;
-                // Before there are keys: who could write here could put another directory in this one's place.
-                fs::set_permissions(card, Permissions::from_mode(0o700)).map_err(fail)?;
-                false
+        let (card, made) = match own_path(card) {
+            Ok(found) => {
+                check_empty(&found)?;
+                // Others may not so much as list it. It is not done before it is known to be ours.
+                fs::set_permissions(&found, Permissions::from_mode(0o700)).map_err(fail)?;
+                (found, false)
             }
-            Err(error) => return Err(fail(error)),
+            Err(PlaceError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                let card = own_new_path(card)?;
+                DirBuilder::new().mode(0o700).create(&card).map_err(fail)?;
+                (card, true)
+            }
+            Err(error) => return Err(error.into()),
         };
+        let card = card.as_path();
         let mut random = [0; 8];
         openssl::rand::rand_bytes(&mut random)?;
         let path = card.join(format!("{PREFIX}{:016x}", u64::from_be_bytes(random)));
@@ -103,9 +110,7 @@ impl Building {
     fn sync_place(&self) -> io::Result<()> {
         sync_directory(&self.card)?;
         match self.card.parent() {
-            Some(parent) if self.made => {
-                sync_directory(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
-            }
+            Some(parent) if self.made => sync_directory(parent),
             _ => Ok(()),
         }
     }

@@ -36,6 +36,16 @@ pub(super) struct CardFile {
     pub(super) admin: Option<AdminFile>,
 }
 
+impl CardFile {
+    /// The files that it names.
+    pub(super) fn files(&self) -> impl Iterator<Item = &str> {
+        let pem = self.pem.iter().flat_map(|files| [&files.certificate, &files.key]);
+        let nss = self.nss.iter().flat_map(|files| [&files.database, &files.password_file]);
+        let admin = self.admin.iter().map(|admin| &admin.key);
+        pem.chain(nss).chain(admin).map(String::as_str)
+    }
+}
+
 /// One certificate with its key. All files are in the directory itself.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -90,10 +100,7 @@ pub(super) fn parse(text: &str) -> Result<CardFile, String> {
             "a card with an [admin] section has the profile \"piv\" and keys in [[pem]] sections".into()
         );
     }
-    let pem = card.pem.iter().flat_map(|files| [&files.certificate, &files.key]);
-    let nss = card.nss.iter().flat_map(|files| [&files.database, &files.password_file]);
-    let admin = card.admin.iter().map(|admin| &admin.key);
-    if let Some(name) = pem.chain(nss).chain(admin).find(|name| !is_file_name(name)) {
+    if let Some(name) = card.files().find(|name| !is_file_name(name)) {
         return Err(format!("{name:?} is not the name of a file in this directory"));
     }
     Ok(card)

@@ -10,7 +10,7 @@ use emulated_card::keys::pem::{self, PemSource, PemStore};
 use emulated_card::keys::writable::ManagementAlgorithm;
 use emulated_card::pin::{SecretFileError, read_secret_file};
 use emulated_card::setup::{CardSetup, Keys, Wanted, Written};
-use emulated_card::state::{CardClaim, CardId, StateDirectory, StateError};
+use emulated_card::state::{CardClaim, CardId, PlaceError, StateDirectory, StateError, own_path};
 use thiserror::Error;
 use vscard_protocol::Secret;
 
@@ -39,6 +39,9 @@ pub(crate) enum CardDirectoryError {
     Io { path: PathBuf, source: io::Error },
     #[error("{path:?}: {what}")]
     CardFile { path: PathBuf, what: String },
+    /// Who can change the card's files can make it another card, which you take for yours.
+    #[error("others could change this card: {0}")]
+    Place(#[from] PlaceError),
     #[error(transparent)]
     Pem(#[from] pem::OpenError),
     #[error(transparent)]
@@ -60,14 +63,24 @@ pub(crate) struct CardDirectory {
 }
 
 impl CardDirectory {
-    /// Reads `card.toml` in `path`; nothing else is opened yet.
+    /// Reads `card.toml` in `path`; nothing else is opened yet. Nobody but this user and root can change any of it.
     pub(crate) fn open(path: &Path) -> Result<Self, CardDirectoryError> {
-        let path = fs::canonicalize(path)
-            .map_err(|source| CardDirectoryError::Io { path: path.to_owned(), source })?;
+        let path = match own_path(path) {
+            Err(PlaceError::Io { path, source }) => return Err(CardDirectoryError::Io { path, source }),
+            found => found?,
+        };
         let file = path.join(CARD_FILE);
+        check_owner(&file)?;
         let text = read(&file).map_err(|source| CardDirectoryError::Io { path: file.clone(), source })?;
         let card = parse(&text).map_err(|what| CardDirectoryError::CardFile { path: file, what })?;
-        Ok(Self { path, card })
+        let directory = Self { path, card };
+        directory.card.files().try_for_each(|name| check_owner(&directory.path.join(name)))?;
+        Ok(directory)
+    }
+
+    /// Where it is, without symbolic links.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Who holds the card.
@@ -160,6 +173,26 @@ impl CardDirectory {
     pub(crate) fn claim(&self, id: &CardId) -> Result<CardClaim, StateError> {
         // One directory, one card: its path would only hinder that it is moved.
         self.state().claim(Path::new(CARD_FILE), id)
+    }
+}
+
+/// Whether nobody else can change a file, or a directory and what is in it. What is not there is missed by whoever
+/// opens it.
+fn check_owner(path: &Path) -> Result<(), PlaceError> {
+    let Some(found) = own_if_there(path)? else { return Ok(()) };
+    let fail = |source| PlaceError::Io { path: found.clone(), source };
+    if fs::metadata(&found).map_err(fail)?.is_dir() {
+        for entry in fs::read_dir(&found).map_err(fail)? {
+            own_if_there(&entry.map_err(fail)?.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn own_if_there(path: &Path) -> Result<Option<PathBuf>, PlaceError> {
+    match own_path(path) {
+        Err(PlaceError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
     }
 }
 

@@ -22,7 +22,7 @@ use emulated_card::keys::{Certificate, Curve, KeyKind};
 use emulated_card::pin::{
     CardPinError, DEFAULT_TRIES, ReferenceData, SecretFileError, check_piv_pin, check_puk, read_secret_file,
 };
-use emulated_card::state::{CardId, StateError};
+use emulated_card::state::{CardId, PlaceError, StateError};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, Private};
@@ -145,6 +145,8 @@ pub(crate) enum NewCardError {
     NotEmpty(PathBuf),
     #[error("{path:?}: {source}")]
     Io { path: PathBuf, source: io::Error },
+    #[error("others could change the card while it is made: {0}")]
+    Place(#[from] PlaceError),
     #[error("interrupted, no card was made")]
     Interrupted,
     #[error("cannot watch for signals: {0}")]
@@ -337,10 +339,11 @@ A test card of {name}, made by `vscclient new-card`. Run these commands in this 
 
 Without a VM, through the host's PC/SC service (packages pcscd, vsmartcard-vpcd, opensc):
 
-    vscclient card . vpcd:
-    opensc-tool --wait --name
+    vscclient card . --background vpcd:
+    opensc-tool --name
     pkcs11-tool --list-objects
     pkcs11-tool --login --test
+    kill $(cat vscclient.pid)
 
 In a VM of QEMU, started with
 -usb -device usb-ccid,bus=usb-bus.0 -chardev socket,id=card,path=card.sock,server=on,wait=off

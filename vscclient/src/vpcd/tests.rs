@@ -120,7 +120,7 @@ async fn answers(source: &Source, bytes: &[u8], piece: usize) -> (Vec<u8>, Lost)
     let (ours, mut theirs) = duplex(piece);
     let endpoint = endpoint("vpcd:").unwrap();
     let Presence::Present { insertion, atr, limits } = present(1) else { unreachable!() };
-    let shown = Shown { source, insertion, atr, limits };
+    let shown = Shown { source, insertion, atr, limits, held: None };
     let serve = async move {
         let mut connection = Connection { stream: ours, quick_ack: |_| () };
         let Err(lost) = connection.serve(&shown, &endpoint).await;
@@ -209,7 +209,8 @@ async fn a_byte_that_was_meant_for_the_card_does_not_hold_the_reader_for_ever() 
         let (ours, mut theirs) = duplex(64);
         theirs.write_all(&frames([&[4][..], &[1], &[4], &[byte]])).await.unwrap();
         let endpoint = endpoint("vpcd:").unwrap();
-        let shown = Shown { source: &*source, insertion: 1, atr: atr(), limits: Limits::EXTENDED };
+        let shown =
+            Shown { source: &*source, insertion: 1, atr: atr(), limits: Limits::EXTENDED, held: None };
         let mut connection = Connection { stream: ours, quick_ack: |_| () };
         let Err(lost) = connection.serve(&shown, &endpoint).await;
         assert!(matches!(lost, Lost::Silent), "{lost}");
@@ -244,7 +245,13 @@ impl Bench {
         let (wishes, mut wanted) = mpsc::channel(1);
         let end = tokio::spawn({
             let source = source.clone();
-            async move { run(source, endpoint, Plaintext::LoopbackOnly, reconnect, &mut wanted).await }
+            async move {
+                // Without a context: this machine's pcscd is none of a test's business.
+                tokio::select! {
+                    Some(Wish::Leave) = wanted.recv() => End::Left,
+                    end = show(source, endpoint, Plaintext::LoopbackOnly, reconnect, None) => end,
+                }
+            }
         });
         Self { source, vpcd, wishes, end }
     }

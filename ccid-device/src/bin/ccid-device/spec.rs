@@ -6,7 +6,7 @@ use std::time::Duration;
 use ccid_device::{DeviceConfig, Layout, Speed};
 use emulated_card::keys::pem::PemSource;
 use emulated_card::pcsc::PcscConfig;
-use emulated_card::setup::{CardSetup, Keys, RawSetup, Wanted};
+use emulated_card::setup::{CardSetup, Keys, RawSetup, Wanted, shell_word};
 use vscard_protocol::chardev::Endpoint;
 
 /// `usbredir,...` or `usbip,...`.
@@ -287,7 +287,15 @@ fn certificates(options: Vec<(String, Option<String>)>) -> Result<CardSetup, Str
     if card.no_pin && card.pin_file.is_some() {
         return Err("no-pin and pin-file exclude each other".into());
     }
+    card.unlock = Some(unlock_command(&card));
     Ok(card)
+}
+
+/// systemd tells a service alone where its state is.
+fn unlock_command(card: &CardSetup) -> String {
+    let state = std::env::var_os("STATE_DIRECTORY");
+    let state = state.map(|place| format!("STATE_DIRECTORY={} ", shell_word(place))).unwrap_or_default();
+    format!("{state}vscclient unlock {}", card.options())
 }
 
 fn token(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
@@ -311,6 +319,7 @@ fn token(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
         db = Some("/etc/pki/nssdb".into());
     }
     card.keys = Keys::Token { modules, db, token };
+    card.unlock = Some(unlock_command(&card));
     Ok(card)
 }
 

@@ -1,7 +1,8 @@
 //! Resets, restarts and several cards.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use stack_tests::database::{NAMES, PIN};
+use stack_tests::pcscd::Pcscd;
 use stack_tests::{acknowledged_at_once, selects};
 
 use super::{Algorithm, Applet, Bench, MESSAGE, Suite, card, module};
@@ -96,6 +97,36 @@ async fn two_cards(suite: Suite) -> Result<()> {
     let warnings = if suite.applet == Applet::Piv { 1 } else { 0 };
     ensure!(advice == 2 * warnings && log.matches("WARN").count() == warnings, "{log}");
     Ok(())
+}
+
+/// vpcd takes one card for a slot, and lets a second one connect; a third one gets no answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_card_for_a_taken_slot_says_so_and_is_the_next() -> Result<()> {
+    let mut bench = Bench::start(PIV).await?;
+    let another = |name| card(&bench.pcscd, PIV, &bench.database, &["--card-name", name, "vpcd:"]);
+    let second = another("second")?;
+    second.line("the slot is taken by another card").await?;
+    let third = another("third")?;
+    third.line("no answer yet").await?;
+    let mark = second.mark();
+    ensure!(bench.card.terminate().await?.success(), "{}", bench.card.log());
+    second.line_after(mark, "card put in").await?;
+    bench.pcscd.card_in(0).await?;
+    third.line("the slot is taken by another card").await?;
+    Ok(())
+}
+
+/// A container may have no `/etc/hosts`, and nobody to ask.
+#[tokio::test(flavor = "multi_thread")]
+async fn localhost_needs_no_resolver() -> Result<()> {
+    let (pcscd, database) = (Pcscd::start().await?, PIV.database()?);
+    for file in ["/etc/hosts", "/etc/nsswitch.conf"] {
+        pcscd.ok(&format!("mount --bind /dev/null {file}")).await?;
+    }
+    let said = pcscd.words("getent hosts localhost").await?;
+    ensure!(!said.status.success(), "something else resolves it: {}", said.text);
+    let card = card(&pcscd, PIV, &database, &["vpcd:"])?;
+    pcscd.card_in(0).await.with_context(|| card.log())
 }
 
 /// vpcd writes the length and the command apart.
