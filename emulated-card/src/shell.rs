@@ -55,7 +55,9 @@ struct Mailbox {
     sessions: u64,
     /// The core is to be reset before anything else: a session began or ended.
     reset: bool,
-    /// Who waits for that.
+    /// The card was removed: what would make the next VERIFY quicker goes with it.
+    forget: bool,
+    /// Who waits for the reset.
     powered: Option<oneshot::Sender<()>>,
     command: Option<(Command, oneshot::Sender<Response>)>,
     forget_after: Option<Duration>,
@@ -216,6 +218,8 @@ impl Shared {
     fn remove(&self, mailbox: &mut Mailbox) {
         self.end_session(mailbox);
         if mailbox.insertion.take().is_some() {
+            mailbox.forget = true;
+            self.changed.notify_all();
             self.presence.send_replace(Presence::Absent);
         }
     }
@@ -242,7 +246,7 @@ struct Worker {
 enum Task {
     Reset(Option<oneshot::Sender<()>>),
     Command(Command, oneshot::Sender<Response>),
-    ForgetPin,
+    Forget,
     End,
 }
 
@@ -262,7 +266,7 @@ impl Worker {
                     };
                     let _ = reply.send(response);
                 }
-                Task::ForgetPin => self.core.logout(),
+                Task::Forget => self.core.logout(),
                 Task::End => return,
             }
         }
@@ -273,16 +277,19 @@ impl Worker {
         mailbox.working = false;
         let idle_since = since_boot();
         loop {
+            if std::mem::take(&mut mailbox.forget) {
+                return Task::Forget;
+            }
             if mailbox.reset {
                 mailbox.reset = false;
                 return Task::Reset(mailbox.powered.take());
             }
             // Before the command, which may be what ends a wait that suspension has made too long.
             let left = match mailbox.forget_after {
-                Some(after) if self.core.is_logged_in() => {
+                Some(after) if self.core.remembers() => {
                     match after.checked_sub(since_boot().saturating_sub(idle_since)) {
                         Some(left) if !left.is_zero() => Some(left),
-                        _ => return Task::ForgetPin,
+                        _ => return Task::Forget,
                     }
                 }
                 _ => None,

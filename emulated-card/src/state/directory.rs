@@ -30,6 +30,7 @@ impl Directory {
         let file = match rustix::fs::openat(&self.file, name, flags, Mode::RUSR | Mode::WUSR) {
             Ok(fd) => File::from(fd),
             Err(Errno::LOOP) => return Err(refused("is a symbolic link")),
+            Err(Errno::ISDIR) => return Err(refused("is not a regular file")),
             Err(errno) => return Err(self.io_error(name, "open", errno.into())),
         };
         let metadata = file.metadata().map_err(|source| self.io_error(name, "look at", source))?;

@@ -133,7 +133,7 @@ impl StateDirectory {
 }
 
 fn keep(record: &Record, identity: [u8; 32]) -> Result<(), StateError> {
-    let locked = record.lock()?;
+    let mut locked = record.lock()?;
     let contents = locked.read()?.unwrap_or_default();
     locked.write(&Contents { identity: Some(identity), ..contents })
 }

@@ -8,11 +8,11 @@ fn identity_is_kept_in_the_state_and_wins_over_what_would_be_derived_now() {
     let first = place.claim("").id().clone();
     assert_eq!(first, card(""));
     let file = place.state_file();
-    let text = fs::read_to_string(&file).unwrap();
     // As a version that derived it otherwise would have left it.
-    let at = text.find("identity ").unwrap() + "identity ".len();
-    let body = format!("{}{}\n", &text[..at], "5a".repeat(32));
-    fs::write(&file, format!("{body}sha256 {}\n", sha256(&body))).unwrap();
+    as_first_version(&file, |text| {
+        let at = text.find("identity ").unwrap() + "identity ".len();
+        format!("{}{}\n", &text[..at], "5a".repeat(32))
+    });
     let kept = place.claim("").id().clone();
     assert_eq!(kept.guid(), [90, 90, 90, 90, 90, 90, 0x8a, 90, 0x9a, 90, 90, 90, 90, 90, 90, 90]);
     // It is the same card: its PIN is found.
@@ -33,9 +33,7 @@ fn a_card_from_before_identities_were_kept_gets_its_own_and_keeps_pin_and_counte
     let store = Store::with(|_| Ok(()));
     assert_wrong(&data.verify(&WRONG.into(), &store), 2);
     drop(claim);
-    let text = fs::read_to_string(place.state_file()).unwrap();
-    let body = &text[..text.find("identity ").unwrap()];
-    fs::write(place.state_file(), format!("{body}sha256 {}\n", sha256(body))).unwrap();
+    as_first_version(&place.state_file(), |text| text[..text.find("identity ").unwrap()].to_owned());
     assert_eq!(data.tries_left().unwrap(), 2);
     assert_eq!(place.claim("").id(), &card(""));
     assert!(fs::read_to_string(place.state_file()).unwrap().contains("\nidentity "));

@@ -1,7 +1,10 @@
 //! Logins to a slot, and what can be done while one lasts.
 
 use std::ffi::CStr;
+use std::fs;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vscard_protocol::Secret;
@@ -35,7 +38,7 @@ pub(super) fn check_password(slot: &Slot, place: &Place, secret: &Secret) -> Res
         // A token may have counted before it failed: pulled out in the middle, for instance. NSS compares the password
         // of a database itself.
         Login::NotChecked(error) => match place {
-            Place::Database => Err(UnlockError::NotChecked(error.to_string())),
+            Place::Database { .. } => Err(UnlockError::NotChecked(error.to_string())),
             Place::Token { .. } => Err(UnlockError::Unclear(error.to_string())),
         },
     }
@@ -63,7 +66,10 @@ pub(super) struct Keys {
 /// Where the keys are.
 pub(super) enum Place {
     /// In a database: they may be copied to memory, all that are wanted must be there.
-    Database,
+    Database {
+        /// The file that they are in.
+        file: PathBuf,
+    },
     /// On the token of that insertion, which they do not leave.
     Token {
         /// [`Slot::series`] of the insertion.
@@ -84,16 +90,52 @@ struct Current {
     generation: u64,
     /// In the order of [`Keys::wanted`]; empty when logged out. A key that a token does not have is `None`.
     keys: Vec<Option<LoginKey>>,
+    /// Whether copies outlive the login.
+    lasting: bool,
+    /// Those of earlier logins, in the same order.
+    copies: Vec<Option<PrivateKey>>,
+    /// Of which file of keys they are, and the next ones.
+    file: Option<FileState>,
+    /// Whether each key was compared with its certificate, which takes as long as an operation.
+    compared: Vec<bool>,
     /// For keys that want the PIN each time, until it is used.
     pin: Option<Secret>,
     /// It was said that operations are slow.
     warned: bool,
 }
 
+/// By which a file is known not to have changed.
+#[derive(PartialEq, Eq)]
+struct FileState {
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// Seconds and nanoseconds of the last change, of contents or attributes.
+    changed: (i64, i64),
+    modified: (i64, i64),
+}
+
+impl Place {
+    /// `None` if it cannot be said.
+    fn file_state(&self) -> Option<FileState> {
+        let Self::Database { file } = self else { return None };
+        let metadata = fs::metadata(file).ok()?;
+        Some(FileState {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
 /// A private key of the current login.
 struct LoginKey {
     key: PrivateKey,
-    /// Whether `key` is in memory, or at least that has been tried.
+    /// Whether a copy in memory was made, or at least that has been tried.
+    tried: bool,
+    /// Whether `key` is that copy.
     copied: bool,
     /// CKA_ALWAYS_AUTHENTICATE.
     wants_pin: bool,
@@ -106,10 +148,13 @@ impl LoginKey {
     /// session copy costs that once. It is made at the first use, because a login of ten keys of which one is
     /// used would wait 300 ms.
     fn fast(&mut self, place: &Place, name: &str, warned: &mut bool) -> &PrivateKey {
-        if !self.copied && matches!(place, Place::Database) {
-            self.copied = true;
+        if !self.tried && matches!(place, Place::Database { .. }) {
+            self.tried = true;
             match self.key.session_copy() {
-                Ok(copy) => self.key = copy,
+                Ok(copy) => {
+                    self.key = copy;
+                    self.copied = true;
+                }
                 Err(error) => {
                     if !std::mem::replace(warned, true) {
                         tracing::warn!(name, %error, "no session copy of the private key: operations are slow");
@@ -126,11 +171,23 @@ impl Keys {
         Self { wanted, slot, place, current: Mutex::default() }
     }
 
-    /// Logs in with `secret`, if the slot wants one, and finds the keys.
-    pub(super) fn unlock(self: &Arc<Self>, secret: &Secret) -> Result<NssLogin, UnlockError> {
+    /// Logs in with `secret`, if the slot wants one, and finds the keys. If copies of them are to be `lasting`, those of
+    /// earlier logins are used again, and those of this one remain, until the database's file of keys changes.
+    pub(super) fn unlock(self: &Arc<Self>, secret: &Secret, lasting: bool) -> Result<NssLogin, UnlockError> {
         let mut current = self.lock();
         // Also before a check that fails without asking NSS: after any error nobody is logged in.
         self.end(&mut current);
+        let file = self.place.file_state();
+        let is_same_file = file.is_some() && file == current.file;
+        if !is_same_file {
+            current.file = file;
+            current.compared.clear();
+        }
+        // They come back with a login that succeeds.
+        let mut copies = std::mem::take(&mut current.copies);
+        if !lasting || !is_same_file {
+            copies.clear();
+        }
         let removed = || "the token was removed".to_owned();
         // Another token must not be given the PIN.
         if !self.is_in() {
@@ -145,17 +202,32 @@ impl Keys {
                 return Err(UnlockError::Unclear(removed()));
             }
         }
-        match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
+        copies.resize_with(self.wanted.len(), || None);
+        current.compared.resize(self.wanted.len(), false);
+        let found =
+            self.wanted.iter().zip(copies).zip(&mut current.compared).map(|((wanted, copy), compared)| {
+                match copy {
+                    Some(key) => Ok(Some(LoginKey { key, tried: true, copied: true, wants_pin: false })),
+                    None => self.find(wanted, compared),
+                }
+            });
+        match found.collect() {
             Ok(keys) => current.keys = keys,
             Err(reason) => {
                 self.end(&mut current);
                 return Err(UnlockError::NotChecked(reason));
             }
         }
+        current.lasting = lasting;
         if current.keys.iter().flatten().any(|key| key.wants_pin) {
             current.pin = Some(secret.clone());
         }
         Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
+    }
+
+    /// Drops the copies of keys that outlive their login.
+    pub(super) fn forget(&self) {
+        self.lock().copies.clear();
     }
 
     /// What a token would refuse without a comparison, with an error that does not tell so: the guest is not to lose a
@@ -179,7 +251,7 @@ impl Keys {
     /// Whether the token is in.
     fn is_in(&self) -> bool {
         match self.place {
-            Place::Database => true,
+            Place::Database { .. } => true,
             Place::Token { series, .. } => self.slot.holds(series),
         }
     }
@@ -187,7 +259,7 @@ impl Keys {
     /// Whether no other token was inserted since.
     fn is_its_insertion(&self) -> bool {
         match self.place {
-            Place::Database => true,
+            Place::Database { .. } => true,
             Place::Token { series, .. } => self.slot.series() == series,
         }
     }
@@ -195,7 +267,7 @@ impl Keys {
     /// Whether the token still is as the login left it; that of a database cannot be lost.
     fn is_logged_in(&self) -> bool {
         match self.place {
-            Place::Database => true,
+            Place::Database { .. } => true,
             Place::Token { .. } => self.is_in() && (!self.needs_login() || self.slot.is_logged_in()),
         }
     }
@@ -207,7 +279,11 @@ impl Keys {
 
     fn end(&self, current: &mut Current) {
         // The keys first: a session copy works on after a logout.
-        current.keys.clear();
+        let keys = std::mem::take(&mut current.keys);
+        if std::mem::take(&mut current.lasting) {
+            let copy = |key: Option<LoginKey>| key.filter(|key| key.copied).map(|key| key.key);
+            current.copies = keys.into_iter().map(copy).collect();
+        }
         current.pin = None;
         // A token that came into the slot since has a login of its own.
         if self.is_its_insertion() {
@@ -217,12 +293,12 @@ impl Keys {
     }
 
     /// A key that a token should have and has not is missed when it is used: nobody asked for it by name.
-    fn find(&self, wanted: &WantedKey) -> Result<Option<LoginKey>, String> {
+    fn find(&self, wanted: &WantedKey, compared: &mut bool) -> Result<Option<LoginKey>, String> {
         let window = match &self.place {
-            Place::Database => None,
+            Place::Database { .. } => None,
             Place::Token { window, .. } => Some(window),
         };
-        match self.find_own(wanted, window) {
+        match self.find_own(wanted, window, compared) {
             Err(reason) if window.is_some() => {
                 tracing::warn!("{reason}");
                 Ok(None)
@@ -231,17 +307,24 @@ impl Keys {
         }
     }
 
-    fn find_own(&self, wanted: &WantedKey, window: Option<&Window>) -> Result<LoginKey, String> {
+    fn find_own(
+        &self,
+        wanted: &WantedKey,
+        window: Option<&Window>,
+        compared: &mut bool,
+    ) -> Result<LoginKey, String> {
         let WantedKey { name, id, public } = wanted;
         let failed = |error: NssError| format!("the private key of certificate {name:?}: {error}");
         let key = PrivateKey::find(&self.slot, id, window)
             .map_err(failed)?
             .ok_or_else(|| format!("there is no private key for certificate {name:?}"))?;
         // The private key of an EC pair tells nothing of the public one, and on some tokens an RSA key does not
-        // either; what there is of the public one was looked at.
-        if let PublicKey::Rsa { modulus, .. } = public {
+        // either; what there is of the public one was looked at. A database that has not changed is as it was.
+        if let (PublicKey::Rsa { modulus, .. }, false) = (public, *compared) {
             match key.attribute(Attribute::Modulus) {
-                Ok(found) if without_leading_zeros(&found) == modulus => {}
+                Ok(found) if without_leading_zeros(&found) == modulus => {
+                    *compared = matches!(self.place, Place::Database { .. });
+                }
                 Err(_) if window.is_some() => {}
                 Ok(_) => {
                     return Err(format!("the private key under the ID of certificate {name:?} is another's"));
@@ -253,7 +336,7 @@ impl Keys {
             && key
                 .attribute(Attribute::AlwaysAuthenticate)
                 .is_ok_and(|value| value.iter().any(|&byte| byte != 0));
-        Ok(LoginKey { key, copied: false, wants_pin })
+        Ok(LoginKey { key, tried: false, copied: false, wants_pin })
     }
 }
 
