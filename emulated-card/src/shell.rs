@@ -410,11 +410,11 @@ mod tests {
     use std::pin::pin;
     use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-    use vscard_protocol::Secret;
+    use vscard_protocol::{Secret, StatusWord};
 
     use super::*;
     use crate::card::{CardOptions, Profile};
-    use crate::keys::{Certificate, KeyKind, KeyStore, UnlockError, Unlocked};
+    use crate::keys::{Certificate, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
     use crate::pin::ReferenceData;
     use crate::state::{CardId, StateDirectory, StateError};
 
@@ -439,6 +439,85 @@ mod tests {
             self.leave.lock().unwrap().recv().unwrap();
             Err(UnlockError::Wrong)
         }
+    }
+
+    /// What a right PIN leaves in memory goes on removal and after the time that a PIN is remembered for, though nobody
+    /// is logged in any more; a power-off leaves it.
+    #[tokio::test]
+    async fn what_makes_the_next_verify_quicker_is_forgotten_in_time() {
+        struct Open(Vec<Certificate>, watch::Sender<u32>);
+
+        impl KeyStore for Open {
+            fn certificates(&self) -> &[Certificate] {
+                &self.0
+            }
+
+            fn needs_secret(&self) -> bool {
+                true
+            }
+
+            fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+                Err(UnlockError::NotChecked("not by the host's password".into()))
+            }
+
+            fn unlock_held(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+                Ok(Box::new(Nothing))
+            }
+
+            fn forget(&self) {
+                self.1.send_modify(|count| *count += 1);
+            }
+        }
+
+        struct Nothing;
+
+        impl Unlocked for Nothing {
+            fn rsa_raw(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
+                Err(KeyError::Block)
+            }
+
+            fn ecdsa(&self, _: usize, _: &[u8]) -> Result<Vec<u8>, KeyError> {
+                Err(KeyError::Block)
+            }
+
+            fn ecdh(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
+                Err(KeyError::Block)
+            }
+        }
+
+        let certificate = Certificate {
+            name: "any".into(),
+            der: b"any".to_vec(),
+            public_key: b"any".to_vec(),
+            kind: KeyKind::Rsa { bits: 1024 },
+        };
+        let id = CardId::derive(std::slice::from_ref(&certificate), "");
+        let (forgotten, mut seen) = watch::channel(0);
+        let store = Arc::new(Open(vec![certificate], forgotten));
+        let reference = Arc::new(ReferenceData::in_memory_own(&b"123456"[..].into(), None, 3).unwrap());
+        let options = CardOptions { profile: Profile::Piv, slots: vec![("9a".parse().unwrap(), 0)] };
+        let card = EmulatedCard::new(store, reference.clone(), id, options, Box::new(|_| {})).unwrap();
+        let slot = CardSlot::new(card).unwrap();
+        let verify = Command::parse(b"\x00\x20\x00\x80\x08123456\xFF\xFF").unwrap();
+        let log_in_and_power_off = async || {
+            let mut card = slot.power_on(slot.insert()).await.unwrap();
+            assert_eq!(card.transmit(&verify).await.unwrap().status(), StatusWord::SUCCESS);
+            drop(card);
+            // It is done when the next session has begun.
+            drop(slot.power_on(slot.insert()).await.unwrap());
+        };
+        log_in_and_power_off().await;
+        assert!(reference.remembers());
+        assert_eq!(*seen.borrow_and_update(), 0);
+        slot.remove();
+        seen.changed().await.unwrap();
+        assert!(!reference.remembers());
+
+        log_in_and_power_off().await;
+        assert!(reference.remembers());
+        slot.forget_pin(Some(Duration::from_millis(10)));
+        seen.changed().await.unwrap();
+        assert!(!reference.remembers());
     }
 
     #[tokio::test]

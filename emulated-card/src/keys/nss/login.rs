@@ -90,9 +90,9 @@ struct Current {
     generation: u64,
     /// In the order of [`Keys::wanted`]; empty when logged out. A key that a token does not have is `None`.
     keys: Vec<Option<LoginKey>>,
-    /// Whether copies outlive the login.
-    lasting: bool,
-    /// Those of earlier logins, in the same order.
+    /// The password, if it is one that outlives the login, as do copies of keys: NSS then remains logged in by it.
+    held: Option<Secret>,
+    /// Those copies, in the same order, while nobody is logged in.
     copies: Vec<Option<PrivateKey>>,
     /// Of which file of keys they are, and the next ones.
     file: Option<FileState>,
@@ -183,10 +183,11 @@ impl Keys {
             current.file = file;
             current.compared.clear();
         }
-        // They come back with a login that succeeds.
-        let mut copies = std::mem::take(&mut current.copies);
-        if !lasting || !is_same_file {
-            copies.clear();
+        let lasting = lasting && self.needs_login();
+        let is_held =
+            lasting && is_same_file && current.held.as_ref().is_some_and(|held| held.equals(secret.expose()));
+        if !is_held && current.held.is_some() {
+            self.drop_held(&mut current);
         }
         let removed = || "the token was removed".to_owned();
         // Another token must not be given the PIN.
@@ -194,7 +195,7 @@ impl Keys {
             return Err(UnlockError::NotChecked(removed()));
         }
         self.check_askable(secret)?;
-        if self.needs_login() {
+        if self.needs_login() && !is_held {
             check_password(&self.slot, &self.place, secret)?;
             // Nor may its word count for this one, should it have come just now.
             if !self.is_in() {
@@ -202,32 +203,46 @@ impl Keys {
                 return Err(UnlockError::Unclear(removed()));
             }
         }
+        let mut copies = std::mem::take(&mut current.copies);
         copies.resize_with(self.wanted.len(), || None);
         current.compared.resize(self.wanted.len(), false);
-        let found =
+        let keys =
             self.wanted.iter().zip(copies).zip(&mut current.compared).map(|((wanted, copy), compared)| {
                 match copy {
                     Some(key) => Ok(Some(LoginKey { key, tried: true, copied: true, wants_pin: false })),
                     None => self.find(wanted, compared),
                 }
             });
-        match found.collect() {
+        let keys: Result<Vec<_>, _> = keys.collect();
+        match keys {
             Ok(keys) => current.keys = keys,
             Err(reason) => {
-                self.end(&mut current);
+                self.drop_held(&mut current);
                 return Err(UnlockError::NotChecked(reason));
             }
         }
-        current.lasting = lasting;
+        current.held = lasting.then(|| secret.clone());
         if current.keys.iter().flatten().any(|key| key.wants_pin) {
             current.pin = Some(secret.clone());
         }
         Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
     }
 
-    /// Drops the copies of keys that outlive their login.
+    /// Drops the copies of keys that outlive their login; those of a login that still lasts go with it.
     pub(super) fn forget(&self) {
-        self.lock().copies.clear();
+        let mut current = self.lock();
+        if current.keys.is_empty() {
+            self.drop_held(&mut current);
+        }
+        current.held = None;
+    }
+
+    /// When nobody is logged in.
+    fn drop_held(&self, current: &mut Current) {
+        // Before the logout: after it, NSS does not take them from its memory.
+        current.copies.clear();
+        current.held = None;
+        self.log_out();
     }
 
     /// What a token would refuse without a comparison, with an error that does not tell so: the guest is not to lose a
@@ -278,18 +293,24 @@ impl Keys {
     }
 
     fn end(&self, current: &mut Current) {
-        // The keys first: a session copy works on after a logout.
+        current.generation += 1;
+        current.pin = None;
         let keys = std::mem::take(&mut current.keys);
-        if std::mem::take(&mut current.lasting) {
+        if current.held.is_none() {
+            // The keys first: a session copy works on after a logout.
+            drop(keys);
+            self.log_out();
+        } else if !keys.is_empty() {
             let copy = |key: Option<LoginKey>| key.filter(|key| key.copied).map(|key| key.key);
             current.copies = keys.into_iter().map(copy).collect();
         }
-        current.pin = None;
+    }
+
+    fn log_out(&self) {
         // A token that came into the slot since has a login of its own.
         if self.is_its_insertion() {
             self.slot.log_out();
         }
-        current.generation += 1;
     }
 
     /// A key that a token should have and has not is missed when it is used: nobody asked for it by name.
@@ -480,6 +501,7 @@ mod tests {
     use super::super::super::KeyStore;
     use super::super::NssDatabase;
     use super::super::ffi::Class;
+    use super::*;
 
     fn certutil(directory: &Path, arguments: &[&str]) {
         let file = |name| directory.join(name);
@@ -489,26 +511,79 @@ mod tests {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    #[test]
-    fn no_key_stays_in_memory_after_a_logout() {
+    /// A database with a key, and its password.
+    fn database() -> (tempfile::TempDir, Secret) {
         let root = tempfile::tempdir().unwrap();
         let file = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
-        std::fs::write(file("password"), "secret\n").unwrap();
-        std::fs::write(file("noise"), [7; 256]).unwrap();
+        fs::write(file("password"), "secret\n").unwrap();
+        fs::write(file("noise"), [7; 256]).unwrap();
         certutil(root.path(), &["-N"]);
         let key = ["-g", "1024", "-z", &file("noise"), "-x", "-t", ",,", "-n", "key", "-s", "CN=key"];
         certutil(root.path(), &[&["-S"], &key[..]].concat());
+        (root, b"secret"[..].into())
+    }
 
-        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+    /// How many private keys NSS has, those in memory among them.
+    fn keys(store: &NssDatabase) -> usize {
         let slot = &store.keys.slot;
-        // What is in memory is among them.
-        let keys = || slot.objects(Class::PrivateKey).unwrap().iter().count();
-        let unlocked = store.unlock(&b"secret"[..].into()).unwrap();
-        assert_eq!(keys(), 1);
-        unlocked.rsa_raw(0, &[5; 128]).unwrap();
-        assert_eq!(keys(), 2);
-        drop(unlocked);
         slot.log_in(c"secret");
-        assert_eq!(keys(), 1);
+        slot.objects(Class::PrivateKey).unwrap().iter().count()
+    }
+
+    #[test]
+    fn no_key_stays_in_memory_after_a_logout() {
+        let (root, password) = database();
+        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+        let unlocked = store.unlock(&password).unwrap();
+        assert_eq!(keys(&store), 1);
+        unlocked.rsa_raw(0, &[5; 128]).unwrap();
+        assert_eq!(keys(&store), 2);
+        drop(unlocked);
+        assert_eq!(keys(&store), 1);
+    }
+
+    /// For a card with a PIN of its own, whose database's password this process has.
+    #[test]
+    fn copies_of_the_host_s_logins_last_until_they_are_forgotten_or_the_database_changes() {
+        let (root, password) = database();
+        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+        let sign = || store.unlock_held(&password).unwrap().rsa_raw(0, &[5; 128]).unwrap();
+        let signature = sign();
+        assert_eq!(keys(&store), 2);
+        // It is used again, and no further one is made.
+        assert!(sign().equals(signature.expose()));
+        assert_eq!(keys(&store), 2);
+        // Without a login it is nobody's.
+        let outdated = store.unlock_held(&password).unwrap();
+        drop(store.unlock_held(&password).unwrap());
+        assert_eq!(outdated.rsa_raw(0, &[5; 128]).unwrap_err(), KeyError::LoggedOut);
+        drop(outdated);
+        assert_eq!(keys(&store), 2);
+        store.forget();
+        assert_eq!(keys(&store), 1);
+
+        sign();
+        assert_eq!(keys(&store), 2);
+        // Forgotten while it is in use, it goes with its login.
+        let unlocked = store.unlock_held(&password).unwrap();
+        store.forget();
+        unlocked.rsa_raw(0, &[5; 128]).unwrap();
+        drop(unlocked);
+        assert_eq!(keys(&store), 1);
+
+        sign();
+        // A PIN that is the password leaves nothing of what others left, either.
+        drop(store.unlock(&password).unwrap());
+        assert_eq!(keys(&store), 1);
+
+        sign();
+        assert!(store.unlock_held(&b"wrong"[..].into()).is_err());
+        sign();
+        let file = fs::File::options().append(true).open(root.path().join("key4.db")).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        drop(store.unlock_held(&password).unwrap());
+        assert_eq!(keys(&store), 1);
+        sign();
+        assert_eq!(keys(&store), 2);
     }
 }
