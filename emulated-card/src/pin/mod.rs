@@ -1,6 +1,6 @@
 //! Reference data: what a PIN is compared with, and how many tries are left.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -195,7 +195,20 @@ impl ReferenceData {
         database: &Path,
         id: &CardId,
     ) -> Result<bool, StateError> {
-        reset(&Record::of_card(directory, database, id))
+        Self::reset_card_tries_at(directory, &[database.to_owned()], id)
+    }
+
+    /// The same of a card that is in one place or, certificate by certificate, in several.
+    pub(crate) fn reset_card_tries_at(
+        directory: &StateDirectory,
+        places: &[PathBuf],
+        id: &CardId,
+    ) -> Result<bool, StateError> {
+        let mut was_there = false;
+        for record in directory.records(places, id)? {
+            was_there |= reset(&record)?;
+        }
+        Ok(was_there)
     }
 
     /// Any PIN is right, and nothing is counted. The store is unlocked with `store_password`.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::OFlags;
 use sha2::{Digest, Sha256};
@@ -18,6 +18,8 @@ use super::{StateDirectory, StateError, hash_with_length, hex};
 /// A stopped process may hold the lock for ever; the guest's reader waits for this long only.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 const LOCK_POLL: Duration = Duration::from_millis(20);
+/// Of one card. Nobody changes between versions as often.
+const MOST_ASIDE: u32 = 1000;
 /// Whoever reads without the lock may see half of what is just being written, and so looks again, this often at most.
 const LOOKS: usize = 4;
 
@@ -47,9 +49,32 @@ impl Record {
     pub(crate) fn of_card(directory: &StateDirectory, database: &Path, id: &CardId) -> Self {
         Self {
             directory: directory.clone(),
-            stem: card_stem(database, id),
+            stem: card_stem(database, id.key()),
             database: database.to_owned(),
             of_card: true,
+        }
+    }
+
+    /// Of a card as an earlier version knew it.
+    pub(super) fn of_earlier(directory: &StateDirectory, database: &Path, key: &[u8; 32]) -> Self {
+        Self {
+            directory: directory.clone(),
+            stem: card_stem(database, key),
+            database: database.to_owned(),
+            of_card: true,
+        }
+    }
+
+    /// What the names of its files begin with.
+    pub(super) fn stem(&self) -> &str {
+        &self.stem
+    }
+
+    /// Whether it has a file with that extension.
+    pub(super) fn has_file(&self, extension: &str) -> Result<bool, StateError> {
+        match self.directory.open()? {
+            Some(directory) => directory.has(&format!("{}.{extension}", self.stem)),
+            None => Ok(false),
         }
     }
 
@@ -166,6 +191,34 @@ impl LockedRecord<'_> {
         Ok(Some(contents))
     }
 
+    /// As [`read`](Self::read), with the time of the last change.
+    pub(super) fn read_with_time(&mut self) -> Result<Option<(Contents, SystemTime)>, StateError> {
+        let Some((file, decoded)) = self.record.read_in(&self.directory, OFlags::RDONLY)? else {
+            return Ok(None);
+        };
+        let changed = file.metadata().and_then(|metadata| metadata.modified());
+        let changed =
+            changed.map_err(|source| self.directory.io_error(&self.record.file_name(), "look at", source))?;
+        Ok(Some((decoded.contents, changed)))
+    }
+
+    /// Gives the file another name, under which nobody looks for it. Tells where it is, if it was there.
+    pub(super) fn put_aside(&self) -> Result<Option<PathBuf>, StateError> {
+        let Record { stem, .. } = self.record;
+        let name = self.record.file_name();
+        if !self.directory.has(&name)? {
+            return Ok(None);
+        }
+        for number in 1..=MOST_ASIDE {
+            let aside = format!("{stem}.replaced-{number}");
+            if !self.directory.has(&aside)? {
+                self.directory.rename(&name, &aside)?;
+                return Ok(Some(self.directory.path.join(aside)));
+            }
+        }
+        Err(self.directory.io_error(&name, "rename", io::ErrorKind::AlreadyExists.into()))
+    }
+
     pub(crate) fn read_existing(&mut self) -> Result<Contents, StateError> {
         let read = self.read()?;
         self.record.existing(read)
@@ -203,8 +256,8 @@ impl LockedRecord<'_> {
     }
 }
 
-pub(super) fn card_stem(database: &Path, id: &CardId) -> String {
-    format!("card-{}", stem_of(database, id.key()))
+fn card_stem(database: &Path, key: &[u8; 32]) -> String {
+    format!("card-{}", stem_of(database, key))
 }
 
 pub(super) fn token_stem(token: &str) -> String {
