@@ -13,6 +13,7 @@ use super::format::Contents;
 use super::record::Record;
 use super::{StateDirectory, StateError, hash_with_length, hex};
 use crate::keys::Certificate;
+use crate::tlv;
 
 /// Of so many certificates, states of earlier versions are looked for under every order; of more, under the one in which
 /// they are given.
@@ -30,6 +31,8 @@ pub struct CardId {
     key: [u8; 32],
     /// What the serial numbers are cut from. The same as the key, unless the state says otherwise.
     identity: [u8; 32],
+    /// What changes with its certificates while it stays the same card.
+    issue: [u8; 8],
     /// Under what earlier versions, for which the order counted, may have left the card's state.
     earlier: Arc<[Ordered]>,
 }
@@ -71,21 +74,44 @@ impl CardId {
         }
         // What it would have been in that order it is in any.
         let key = key_of(&sorted);
-        Self { key, identity: key, earlier: earlier.into() }
+        let mut issues: Vec<_> = certificates
+            .iter()
+            .map(|certificate| issue(&certificate.der).unwrap_or(&certificate.der))
+            .collect();
+        issues.sort_unstable();
+        Self { key, identity: key, issue: issue_of(&key, &issues), earlier: earlier.into() }
+    }
+
+    /// The same card after certificates were put on it: `objects`, in a fixed order.
+    pub(crate) fn reissued(&self, objects: &[&[u8]]) -> Self {
+        Self { issue: issue_of(&self.issue, objects), ..self.clone() }
     }
 
     /// The GUID of the card holder unique identifier (SP 800-73-4 Part 1 §3.1.2), of a form made for values that
     /// are neither random nor of a name space (RFC 9562 §5.8). Two cards differ in its first 13 bytes: Windows
     /// puts the others to a use of its own.
+    ///
+    /// Hosts keep what they read of a card by it, so its first 8 bytes follow the certificates, renewed ones too. The
+    /// others, PKCS#11's serial number with OpenSC, stay as long as the keys and the name do.
     pub fn guid(&self) -> [u8; 16] {
-        let mut guid = self.cut();
+        let mut guid = self.with_issue();
         guid[6] = 0x80 | guid[6] & 0x0F;
         guid[8] = 0x80 | guid[8] & 0x3F;
         guid
     }
 
-    /// The card's own part of the card identifier in a card capability container (GSC-IS 2.1 §7.1), which
-    /// middleware takes for the token's serial number.
+    /// The card's own part of the card identifier in a PIV card's capability container (SP 800-73-4 Part 1 §3.1.1), which
+    /// follows the certificates as the GUID does.
+    pub(crate) fn piv_card_identifier(&self) -> [u8; 14] {
+        self.with_issue()
+    }
+
+    fn with_issue<const N: usize>(&self) -> [u8; N] {
+        std::array::from_fn(|at| self.issue.get(at).copied().unwrap_or(self.identity[at]))
+    }
+
+    /// The card's own part of the card identifier in a CAC's card capability container (GSC-IS 2.1 §7.1), which
+    /// middleware takes for the token's serial number: it stays.
     pub(crate) fn card_identifier(&self) -> [u8; 14] {
         self.cut()
     }
@@ -117,6 +143,30 @@ impl Hash for CardId {
     fn hash<H: Hasher>(&self, state: &mut H) {
         (self.key, self.identity).hash(state);
     }
+}
+
+/// What of a certificate is another in each that is issued for its key (RFC 5280 §4.1.2): serial number, algorithm, issuer
+/// and validity. Not the subject and what follows, in which the card's GUID may stand.
+fn issue(der: &[u8]) -> Option<&[u8]> {
+    let (_, certificate, _) = tlv::read_ber(der)?;
+    let (_, fields, _) = tlv::read_ber(certificate)?;
+    let start = match tlv::read_ber(fields)? {
+        ([0xA0], _, after_version) => after_version,
+        _ => fields,
+    };
+    let mut rest = start;
+    for _ in 0..4 {
+        (_, _, rest) = tlv::read_ber(rest)?;
+    }
+    start.get(..start.len() - rest.len())
+}
+
+fn issue_of(card: &[u8], parts: &[&[u8]]) -> [u8; 8] {
+    let mut hash = Sha256::new_with_prefix("vscard card certificates 1\0");
+    hash_with_length(&mut hash, card);
+    parts.iter().for_each(|part| hash_with_length(&mut hash, part));
+    let digest = hash.finalize();
+    std::array::from_fn(|at| digest[at])
 }
 
 /// All orders of a few things.
@@ -365,7 +415,7 @@ mod tests {
     fn identity_never_changes() {
         let id = CardId::derive(&[certificate(b"key")], "name");
         assert_eq!(hex(&id.key), "a41fa787c530a6f73c97d143f07a16da1063f1d0a1eb7882388370076834f961");
-        assert_eq!(hex(&id.guid()), "a41fa787c53086f7bc97d143f07a16da");
+        assert_eq!(hex(&id.guid()[8..]), "bc97d143f07a16da");
         assert_eq!(hex(&id.card_identifier()), "a41fa787c530a6f73c97d143f07a");
         assert_eq!(hex(&id.chip_serial()), "a41fa787c530");
         assert_eq!(format!("{id:?}"), "CardId(a41fa787)");

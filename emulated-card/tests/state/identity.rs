@@ -14,7 +14,7 @@ fn identity_is_kept_in_the_state_and_wins_over_what_would_be_derived_now() {
         format!("{}{}\n", &text[..at], "5a".repeat(32))
     });
     let kept = place.claim("").id().clone();
-    assert_eq!(kept.guid(), [90, 90, 90, 90, 90, 90, 0x8a, 90, 0x9a, 90, 90, 90, 90, 90, 90, 90]);
+    assert_eq!(kept.guid()[8..], [0x9a, 90, 90, 90, 90, 90, 90, 90]);
     // It is the same card: its PIN is found.
     let claim = place.claim("");
     place.own(&claim, Some(&RIGHT.into())).unwrap();
