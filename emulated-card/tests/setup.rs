@@ -111,3 +111,31 @@ fn a_piv_card_gets_no_pin_that_piv_does_not_have() {
     // It has more users than PIV programs.
     opened(Profile::Dual).unwrap();
 }
+
+#[test]
+fn the_order_of_files_makes_no_other_card() {
+    let directory = Directory::new();
+    let [certificate, key] = ["second.crt", "second.key"].map(|name| directory.path(name));
+    make_certificate("Jane", "P-256", &key, &certificate, &["-addext", "keyUsage=digitalSignature"]);
+    fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+    let opened = |names: [&str; 2], pin_file: Option<&str>| {
+        let sources = names.map(|name| PemSource::Pem {
+            certificate: directory.path(format!("{name}.crt")),
+            key: directory.path(format!("{name}.key")),
+        });
+        let state = Some((StateDirectory::at(directory.path("ordered")), "card.toml".into()));
+        CardSetup {
+            keys: Keys::Files(sources.into()),
+            state,
+            pin_file: pin_file.map(|file| directory.path(file)),
+            written: None,
+            ..directory.setup()
+        }
+        .open()
+    };
+    let card = opened(["second", "card"], Some("pin")).unwrap();
+    assert!(matches!(opened(["card", "second"], None).err(), Some(SetupError::DirectoryInUse)));
+    drop(card);
+    // It has its PIN.
+    opened(["card", "second"], None).unwrap();
+}

@@ -410,6 +410,59 @@ mod tests {
         assert_eq!(orders(&[1, 2, 3]).len(), 6);
     }
 
+    /// That of files was found by the first of them.
+    #[test]
+    fn the_order_of_files_makes_no_other_card() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = StateDirectory::at(root.path().join("state"));
+        let keys = |keys: [&[u8]; 2]| CardId::derive(&keys.map(certificate), "");
+        let places = |names: [&str; 2]| names.map(PathBuf::from);
+        // As an earlier version left it.
+        let [a, b] = [&b"a"[..], b"b"];
+        let id = keys([b, a]);
+        let left = Record::of_earlier(&directory, "/2".as_ref(), &id.earlier[0].key);
+        let contents = Contents { identity: Some([7; 32]), ..Contents::default() };
+        left.lock().unwrap().write(&contents).unwrap();
+        let claim = directory.claim_at(&places(["/1", "/2"]), &keys([a, b])).unwrap();
+        assert_eq!(claim.id().identity, [7; 32]);
+        assert!(!left.has_file("state").unwrap());
+        let refused = directory.claim_at(&places(["/2", "/1"]), &id);
+        assert!(matches!(refused, Err(StateError::InUse { .. })));
+        drop(claim);
+        let claim = directory.claim_at(&places(["/2", "/1"]), &id).unwrap();
+        assert_eq!(claim.id().identity, [7; 32]);
+    }
+
+    /// Hosts keep what they read by the first half, and users configure programs by the second.
+    #[test]
+    fn a_renewed_certificate_changes_half_of_the_guid() {
+        let issued = |serial: u8, until: &[u8], subject: &[u8]| {
+            let field = |tag: u8, value: &[u8]| tlv::ber(&[tag], value);
+            let fields = [
+                field(0xA0, &field(0x02, &[2])),
+                field(0x02, &[serial]),
+                field(0x30, b"algorithm"),
+                field(0x30, b"issuer"),
+                field(0x30, until),
+                field(0x30, subject),
+            ];
+            let der = field(0x30, &field(0x30, &fields.concat()));
+            CardId::derive(&[Certificate { der, ..certificate(b"key") }], "")
+        };
+        let first = issued(1, b"2030", b"Jane");
+        for renewed in [issued(2, b"2030", b"Jane"), issued(1, b"2031", b"Jane")] {
+            assert_eq!(renewed, first);
+            assert_ne!(renewed.guid()[..8], first.guid()[..8]);
+            assert_eq!(renewed.guid()[8..], first.guid()[8..]);
+            assert_ne!(renewed.piv_card_identifier(), first.piv_card_identifier());
+            assert_eq!(renewed.card_identifier(), first.card_identifier());
+        }
+        // The GUID may stand in it.
+        assert_eq!(issued(1, b"2030", b"card 00112233").guid(), first.guid());
+        let name = |name| CardId::derive(&[certificate(b"key")], name).guid();
+        assert_ne!(name("one")[..8], name("two")[..8]);
+    }
+
     /// Serial numbers are derived from it: another value would be another card for every user.
     #[test]
     fn identity_never_changes() {
