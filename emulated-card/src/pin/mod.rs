@@ -120,7 +120,7 @@ enum Kind {
     /// The PIN is the store's own password.
     Store(Place),
     /// The PIN is the card's own; the host has the store's password.
-    Card { place: Place, store_password: Secret, known: Mutex<Option<Known>> },
+    Card { place: Place, store_password: Secret, known: Mutex<Option<Box<Known>>> },
     /// Any PIN is right.
     Any { store_password: Secret },
 }
@@ -529,7 +529,7 @@ fn compare(hash: Option<&PinHash>, secret: &Secret) -> Result<(), Failure> {
 /// As [`compare`], unless the PIN has been right before and is known again: a wrong one is then told as quickly as a right
 /// one.
 fn compare_or_know(
-    known: &Mutex<Option<Known>>,
+    known: &Mutex<Option<Box<Known>>>,
     hash: Option<&PinHash>,
     pin: &Secret,
 ) -> Result<(), Failure> {
@@ -540,7 +540,7 @@ fn compare_or_know(
         None => *known = None,
     }
     compare(hash, pin)?;
-    *known = hash.and_then(|hash| Known::new(hash, pin));
+    *known = hash.and_then(|hash| Known::new(hash, pin)).map(Box::new);
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use stack_tests::database::{self, Database, PIN};
 use stack_tests::pcscd::Pcscd;
 use stack_tests::process::Process;
 use tokio::runtime::Handle;
-use vscard_protocol::{Card, CardSource, Command as Apdu};
+use vscard_protocol::{CardSource, Command as Apdu};
 
 use crate::core::SELECT_PIV;
 use crate::directory::{CardDirectory, NAMES, sources};

@@ -125,7 +125,7 @@ async fn a_renewed_certificate_changes_the_guid_and_leaves_the_token_s_serial_nu
     }
     let start = async || {
         let args = ["--pem", "id.pem,id.key", "--pin-file", "pin", "vpcd:"];
-        let card = pcscd.start_program("vscclient", args)?;
+        let mut card = pcscd.start_program("vscclient", args)?;
         pcscd.card_in(0).await.with_context(|| card.log())?;
         let numbers = serial_numbers(&pcscd).await?;
         ensure!(card.terminate().await?.success(), "{}", card.log());
