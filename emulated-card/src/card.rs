@@ -235,6 +235,8 @@ struct Running {
     le: Option<usize>,
     /// Whether the verified PIN was to be forgotten meanwhile.
     forget: bool,
+    /// Whether what makes the next VERIFY quicker was, too.
+    forget_all: bool,
 }
 
 /// What a command needs.
@@ -351,9 +353,18 @@ impl EmulatedCard {
     }
 
     /// Forgets the verified PIN, at once or, while a job runs that needs it, when that is finished; with it what a key
-    /// gave or was to get that is still here, and the [validity](Response::validity) of what is kept elsewhere; and the
-    /// administrator.
+    /// gave or was to get that is still here, and the [validity](Response::validity) of what is kept elsewhere; what
+    /// would make the next VERIFY quicker; and the administrator.
     pub fn logout(&mut self) {
+        self.end_login();
+        self.reference.forget();
+        self.store.forget();
+        if let Some(running) = &mut self.volatile.running {
+            running.forget_all = true;
+        }
+    }
+
+    fn end_login(&mut self) {
         self.volatile.administrator = piv::Administrator::default();
         self.forget_pin();
     }
@@ -368,9 +379,11 @@ impl EmulatedCard {
         }
     }
 
-    /// Whether a PIN is verified, or an administrator known, that [`logout`](Self::logout) would forget.
-    pub(crate) fn is_logged_in(&self) -> bool {
-        self.volatile.login.is_some() || self.volatile.administrator.is_authenticated()
+    /// Whether there is something of a PIN or an administrator that [`logout`](Self::logout) would forget.
+    pub(crate) fn remembers(&self) -> bool {
+        self.volatile.login.is_some()
+            || self.volatile.administrator.is_authenticated()
+            || self.reference.remembers()
     }
 
     /// Begins a command.
@@ -507,10 +520,14 @@ impl EmulatedCard {
         if epoch != self.epoch {
             return StatusWord::CONDITIONS_NOT_SATISFIED.into();
         }
-        let Some(Running { le, forget }) = self.volatile.running.take() else {
+        let Some(Running { le, forget, forget_all }) = self.volatile.running.take() else {
             return StatusWord::CONDITIONS_NOT_SATISFIED.into();
         };
         self.volatile.login = login.filter(|_| !forget);
+        if forget_all {
+            self.reference.forget();
+            self.store.forget();
+        }
         self.volatile.fresh = self.volatile.login.is_some() && (fresh || self.volatile.fresh);
         match result {
             Ok(_) if forget && behind_pin => StatusWord::SECURITY_STATUS_NOT_SATISFIED.into(),
@@ -535,7 +552,7 @@ impl EmulatedCard {
     }
 
     fn work(&mut self, command: &Command, work: Work) -> Step {
-        self.volatile.running = Some(Running { le: expected(command), forget: false });
+        self.volatile.running = Some(Running { le: expected(command), forget: false, forget_all: false });
         Step::Work(Job {
             epoch: self.epoch,
             login: self.volatile.login.take(),
@@ -575,7 +592,7 @@ impl EmulatedCard {
         };
         // SP 800-73-4 Part 2 §3.1.1: selected anew, the PIV application's security status is unchanged.
         if self.is_piv_selected() != (self.piv() == Some(index)) {
-            self.logout();
+            self.end_login();
         }
         self.volatile.selected = Some(index);
         answer

@@ -325,12 +325,19 @@ pub enum SetupError {
     Thread(std::io::Error),
 }
 
-/// A key store, and the path by which its cards' state is found.
+/// A key store, and the paths by which its cards' state is found.
 struct Opened {
     store: Arc<dyn KeyStore>,
     /// The same store, if what was written to it is yet to be read, which only the card's claim allows.
     written: Option<Arc<WrittenStore>>,
-    place: PathBuf,
+    /// Of a database, its path; of files, that of each certificate's.
+    places: Vec<PathBuf>,
+}
+
+impl Opened {
+    fn place(&self) -> &Path {
+        self.places.first().map_or(Path::new(""), PathBuf::as_path)
+    }
 }
 
 impl CardSetup {
@@ -346,14 +353,15 @@ impl CardSetup {
         if let Keys::Token { modules, db, token } = &self.keys {
             return self.open_token(modules, db.as_deref(), token.clone());
         }
-        let Opened { store, written, place } = self.open_store()?;
+        let opened = self.open_store()?;
+        let store = opened.store.clone();
         let id = CardId::derive(store.certificates(), &self.card_name);
         let directory = self.state_directory()?;
-        let claim = directory.claim(&place, &id).map_err(|error| self.state_error(error))?;
-        if let Some(written) = written {
+        let claim = directory.claim_at(&opened.places, &id).map_err(|error| self.state_error(error))?;
+        if let Some(written) = &opened.written {
             written.read_written()?;
         }
-        let reference = self.reference_data(&*store, &place, &directory, &claim)?;
+        let reference = self.reference_data(&*store, opened.place(), &directory, &claim)?;
         // Known now rather than when the user wonders why no PIN is right.
         warn_of_tries(&reference, 0, &format!("the PIN is blocked{}", self.way_out()));
         // The identity it had the first time.
@@ -388,9 +396,9 @@ impl CardSetup {
             Keys::Files(_) => None,
         };
         if database.is_none() || !self.certificates.is_empty() {
-            let Opened { store, place, .. } = self.open_store()?;
-            let id = CardId::derive(store.certificates(), &self.card_name);
-            let reset = ReferenceData::reset_card_tries(&directory, &place, &id);
+            let opened = self.open_store()?;
+            let id = CardId::derive(opened.store.certificates(), &self.card_name);
+            let reset = ReferenceData::reset_card_tries_at(&directory, &opened.places, &id);
             if reset.map_err(|error| self.state_error(error))? {
                 return Ok(format!("the card's own PIN has {DEFAULT_TRIES} tries again"));
             }
@@ -398,7 +406,7 @@ impl CardSetup {
                 return Err(SetupError::PinLost(directory.path().to_owned()));
             }
             if database.is_none() {
-                return Err(SetupError::NothingToUnlock(place));
+                return Err(SetupError::NothingToUnlock(opened.place().to_owned()));
             }
         }
         let database = database.unwrap_or_default();
@@ -427,7 +435,7 @@ impl CardSetup {
     fn open_store(&self) -> Result<Opened, SetupError> {
         let mut opened = self.open_keys()?;
         if let Some((_, name)) = &self.state {
-            opened.place.clone_from(name);
+            opened.places = vec![name.clone()];
         }
         Ok(opened)
     }
@@ -437,8 +445,8 @@ impl CardSetup {
             Keys::Database(db) => {
                 let names: Vec<_> = self.certificates.iter().map(|wanted| wanted.name.clone()).collect();
                 let store = NssDatabase::open(db, &names)?;
-                let place = store.path().to_owned();
-                Ok(Opened { store: Arc::new(store), written: None, place })
+                let places = vec![store.path().to_owned()];
+                Ok(Opened { store: Arc::new(store), written: None, places })
             }
             Keys::Files(sources) => {
                 let password = self
@@ -460,11 +468,10 @@ impl CardSetup {
                         unread.insert(store).clone()
                     }
                 };
-                // There is one, or it would not have opened.
-                let first = sources.first().map(|source| match source {
-                    PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => path.as_path(),
+                let places = sources.iter().map(|source| match source {
+                    PemSource::Pem { certificate: path, .. } | PemSource::Pkcs12(path) => canonical(path),
                 });
-                Ok(Opened { store, written: unread, place: canonical(first.unwrap_or(Path::new("")))? })
+                Ok(Opened { store, written: unread, places: places.collect::<Result<_, _>>()? })
             }
             Keys::Token { .. } => Err(SetupError::NoToken),
         }

@@ -55,7 +55,9 @@ struct Mailbox {
     sessions: u64,
     /// The core is to be reset before anything else: a session began or ended.
     reset: bool,
-    /// Who waits for that.
+    /// The card was removed: what would make the next VERIFY quicker goes with it.
+    forget: bool,
+    /// Who waits for the reset.
     powered: Option<oneshot::Sender<()>>,
     command: Option<(Command, oneshot::Sender<Response>)>,
     forget_after: Option<Duration>,
@@ -216,6 +218,8 @@ impl Shared {
     fn remove(&self, mailbox: &mut Mailbox) {
         self.end_session(mailbox);
         if mailbox.insertion.take().is_some() {
+            mailbox.forget = true;
+            self.changed.notify_all();
             self.presence.send_replace(Presence::Absent);
         }
     }
@@ -242,7 +246,7 @@ struct Worker {
 enum Task {
     Reset(Option<oneshot::Sender<()>>),
     Command(Command, oneshot::Sender<Response>),
-    ForgetPin,
+    Forget,
     End,
 }
 
@@ -262,7 +266,7 @@ impl Worker {
                     };
                     let _ = reply.send(response);
                 }
-                Task::ForgetPin => self.core.logout(),
+                Task::Forget => self.core.logout(),
                 Task::End => return,
             }
         }
@@ -273,16 +277,19 @@ impl Worker {
         mailbox.working = false;
         let idle_since = since_boot();
         loop {
+            if std::mem::take(&mut mailbox.forget) {
+                return Task::Forget;
+            }
             if mailbox.reset {
                 mailbox.reset = false;
                 return Task::Reset(mailbox.powered.take());
             }
             // Before the command, which may be what ends a wait that suspension has made too long.
             let left = match mailbox.forget_after {
-                Some(after) if self.core.is_logged_in() => {
+                Some(after) if self.core.remembers() => {
                     match after.checked_sub(since_boot().saturating_sub(idle_since)) {
                         Some(left) if !left.is_zero() => Some(left),
-                        _ => return Task::ForgetPin,
+                        _ => return Task::Forget,
                     }
                 }
                 _ => None,
@@ -403,11 +410,11 @@ mod tests {
     use std::pin::pin;
     use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-    use vscard_protocol::Secret;
+    use vscard_protocol::{Secret, StatusWord};
 
     use super::*;
     use crate::card::{CardOptions, Profile};
-    use crate::keys::{Certificate, KeyKind, KeyStore, UnlockError, Unlocked};
+    use crate::keys::{Certificate, KeyError, KeyKind, KeyStore, UnlockError, Unlocked};
     use crate::pin::ReferenceData;
     use crate::state::{CardId, StateDirectory, StateError};
 
@@ -432,6 +439,85 @@ mod tests {
             self.leave.lock().unwrap().recv().unwrap();
             Err(UnlockError::Wrong)
         }
+    }
+
+    /// What a right PIN leaves in memory goes on removal and after the time that a PIN is remembered for, though nobody
+    /// is logged in any more; a power-off leaves it.
+    #[tokio::test]
+    async fn what_makes_the_next_verify_quicker_is_forgotten_in_time() {
+        struct Open(Vec<Certificate>, watch::Sender<u32>);
+
+        impl KeyStore for Open {
+            fn certificates(&self) -> &[Certificate] {
+                &self.0
+            }
+
+            fn needs_secret(&self) -> bool {
+                true
+            }
+
+            fn unlock(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+                Err(UnlockError::NotChecked("not by the host's password".into()))
+            }
+
+            fn unlock_held(&self, _: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+                Ok(Box::new(Nothing))
+            }
+
+            fn forget(&self) {
+                self.1.send_modify(|count| *count += 1);
+            }
+        }
+
+        struct Nothing;
+
+        impl Unlocked for Nothing {
+            fn rsa_raw(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
+                Err(KeyError::Block)
+            }
+
+            fn ecdsa(&self, _: usize, _: &[u8]) -> Result<Vec<u8>, KeyError> {
+                Err(KeyError::Block)
+            }
+
+            fn ecdh(&self, _: usize, _: &[u8]) -> Result<Secret, KeyError> {
+                Err(KeyError::Block)
+            }
+        }
+
+        let certificate = Certificate {
+            name: "any".into(),
+            der: b"any".to_vec(),
+            public_key: b"any".to_vec(),
+            kind: KeyKind::Rsa { bits: 1024 },
+        };
+        let id = CardId::derive(std::slice::from_ref(&certificate), "");
+        let (forgotten, mut seen) = watch::channel(0);
+        let store = Arc::new(Open(vec![certificate], forgotten));
+        let reference = Arc::new(ReferenceData::in_memory_own(&b"123456"[..].into(), None, 3).unwrap());
+        let options = CardOptions { profile: Profile::Piv, slots: vec![("9a".parse().unwrap(), 0)] };
+        let card = EmulatedCard::new(store, reference.clone(), id, options, Box::new(|_| {})).unwrap();
+        let slot = CardSlot::new(card).unwrap();
+        let verify = Command::parse(b"\x00\x20\x00\x80\x08123456\xFF\xFF").unwrap();
+        let log_in_and_power_off = async || {
+            let mut card = slot.power_on(slot.insert()).await.unwrap();
+            assert_eq!(card.transmit(&verify).await.unwrap().status(), StatusWord::SUCCESS);
+            drop(card);
+            // It is done when the next session has begun.
+            drop(slot.power_on(slot.insert()).await.unwrap());
+        };
+        log_in_and_power_off().await;
+        assert!(reference.remembers());
+        assert_eq!(*seen.borrow_and_update(), 0);
+        slot.remove();
+        seen.changed().await.unwrap();
+        assert!(!reference.remembers());
+
+        log_in_and_power_off().await;
+        assert!(reference.remembers());
+        slot.forget_pin(Some(Duration::from_millis(10)));
+        seen.changed().await.unwrap();
+        assert!(!reference.remembers());
     }
 
     #[tokio::test]

@@ -559,6 +559,37 @@ fn the_private_key_of_another_is_not_used() {
     assert!(error.to_string().contains("\"key\" is another's"), "{error}");
 }
 
+/// Keys are compared with their certificates once, and again when the file that they are in is another.
+#[test]
+fn the_private_key_of_another_is_not_used_if_it_comes_later_either() {
+    let root = TempDir::new().unwrap();
+    let [mut mine, mut theirs] = ["mine", "theirs"].map(|name| Maker::new(root.path(), name, PASSWORD));
+    let ids = [&mut mine, &mut theirs].map(|maker| {
+        maker.rsa("key", "1024");
+        let text = certutil!("-K", "-d", maker.url(), "-f", maker.file("password"));
+        let text = String::from_utf8(text).unwrap();
+        unhex(text.split_whitespace().find(|word| word.len() == 40).unwrap())
+    });
+    let store = open(&mine.url(), &["key"]).unwrap();
+    assert_key(&store, &*unlock(&store, PASSWORD).unwrap(), 0);
+    assert_key(&store, &*store.unlock_held(&PASSWORD.as_bytes().into()).unwrap(), 0);
+    let mut content = fs::read(theirs.file("key4.db")).unwrap();
+    for start in 0..content.len() - ids[1].len() {
+        if content[start..].starts_with(&ids[1]) {
+            content[start..start + ids[0].len()].copy_from_slice(&ids[0]);
+        }
+    }
+    // SQLite looks at the counter of changes in the header (file format §1.3.7, also at 92), and not at the contents.
+    for counter in [24, 92] {
+        content[counter] ^= 1;
+    }
+    fs::write(mine.file("key4.db"), content).unwrap();
+    for outcome in [store.unlock_held(&PASSWORD.as_bytes().into()), unlock(&store, PASSWORD)] {
+        let error = outcome.err().unwrap().to_string();
+        assert!(error.contains("\"key\" is another's"), "{error}");
+    }
+}
+
 // Logins.
 
 #[test]

@@ -191,3 +191,31 @@ fn keys_that_opensc_does_not_use_are_warned_of_once() {
     assert!(warned[0].contains("4096") && warned[0].contains("(slots 9a)"), "{warned:?}");
     assert_eq!(warnings(&[signs("rsa:3072")], CardSetup::default()), [""; 0]);
 }
+
+#[test]
+fn the_order_of_files_makes_no_other_card() {
+    let directory = Directory::new();
+    let [certificate, key] = ["second.crt", "second.key"].map(|name| directory.path(name));
+    make_certificate("Jane", "P-256", &key, &certificate, &["-addext", "keyUsage=digitalSignature"]);
+    fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+    let opened = |names: [&str; 2], pin_file: Option<&str>| {
+        let sources = names.map(|name| PemSource::Pem {
+            certificate: directory.path(format!("{name}.crt")),
+            key: directory.path(format!("{name}.key")),
+        });
+        let state = Some((StateDirectory::at(directory.path("ordered")), "card.toml".into()));
+        CardSetup {
+            keys: Keys::Files(sources.into()),
+            state,
+            pin_file: pin_file.map(|file| directory.path(file)),
+            written: None,
+            ..directory.setup()
+        }
+        .open()
+    };
+    let card = opened(["second", "card"], Some("pin")).unwrap();
+    assert!(matches!(opened(["card", "second"], None).err(), Some(SetupError::DirectoryInUse)));
+    drop(card);
+    // It has its PIN.
+    opened(["card", "second"], None).unwrap();
+}

@@ -425,3 +425,39 @@ fn write_until_killed(directory: &Path) {
         println!("written");
     }
 }
+
+/// Bytes 0 to 7 of the GUID, the rest of it, and the card identifier, as a host finds them.
+fn identity(card: &mut EmulatedCard) -> ([u8; 8], [u8; 8], Vec<u8>) {
+    let (holder, capabilities) = (get(card, 0x02), get(card, 0x07));
+    let guid = holder.windows(2).position(|bytes| bytes == [0x34, 16]).unwrap() + 2;
+    let identifier = capabilities.windows(2).position(|bytes| bytes == [0xF0, 21]).unwrap() + 2;
+    let half = |start: usize| holder[start..start + 8].try_into().unwrap();
+    (half(guid), half(guid + 8), capabilities[identifier..identifier + 21].to_vec())
+}
+
+/// Hosts keep what they read of a card by what tells them which it is.
+#[test]
+fn a_certificate_that_is_put_on_the_card_changes_what_hosts_know_it_by() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = store(directory.path(), Some("3des"));
+    let mut card = card(&store);
+    let made = identity(&mut card);
+    let mut seen = vec![made.clone()];
+    authenticate(&mut card, &store);
+    for content in [&b"one"[..], b"another", b""] {
+        assert_eq!(transmit(&mut card, &put(0x05, content)).status(), StatusWord::SUCCESS);
+        let now = identity(&mut card);
+        assert!(seen.iter().all(|one| one.0 != now.0 && one.2 != now.2), "{now:02X?}");
+        assert_eq!(now.1, made.1);
+        seen.push(now);
+    }
+    // The security object is none.
+    assert_eq!(transmit(&mut card, &put(0x06, b"object")).status(), StatusWord::SUCCESS);
+    assert_eq!(Some(&identity(&mut card)), seen.last());
+    // What a host writes itself is as it wrote it.
+    for tag in [0x02, 0x07] {
+        assert_eq!(transmit(&mut card, &put(tag, b"the host's")).status(), StatusWord::SUCCESS);
+        assert_eq!(transmit(&mut card, &put(0x05, b"one")).status(), StatusWord::SUCCESS);
+        assert_eq!(get(&mut card, tag)[2..], *b"the host's");
+    }
+}

@@ -113,6 +113,18 @@ pub trait KeyStore: Send + Sync {
     /// [`UnlockError`]; after any error nothing is logged in, an earlier login of this store included.
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError>;
 
+    /// As [`unlock`](Self::unlock), with a secret that is not the card's PIN and that this process has as long as it
+    /// runs: what makes later logins quicker may outlive this one, until [`forget`](Self::forget).
+    ///
+    /// # Errors
+    /// As [`unlock`](Self::unlock).
+    fn unlock_held(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        self.unlock(secret)
+    }
+
+    /// Forgets what logins by [`unlock_held`](Self::unlock_held) left for the next one.
+    fn forget(&self) {}
+
     /// The store as one whose data objects and keys change, or have been changed; `None` if all it has is
     /// [`certificates`](Self::certificates) and their keys.
     fn writable(&self) -> Option<&dyn writable::Writable> {

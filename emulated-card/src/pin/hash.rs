@@ -30,7 +30,7 @@ pub(super) enum Cost {
 }
 
 /// A PIN or PUK as it is kept: argon2id, in the PHC string format.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct PinHash {
     params: Params,
     salt: SaltString,

@@ -1,6 +1,6 @@
 //! Reference data: what a PIN is compared with, and how many tries are left.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,11 +11,13 @@ use crate::keys::{KeyStore, UnlockError, Unlocked};
 use crate::state::{CardClaim, CardId, Contents, LockedRecord, Record, StateDirectory, StateError};
 
 mod hash;
+mod known;
 mod secret_file;
 mod turns;
 
 use hash::Cost;
 pub(crate) use hash::PinHash;
+use known::Known;
 #[cfg(feature = "pem")]
 pub(crate) use secret_file::{Access, read_file};
 pub use secret_file::{SecretFileError, read_secret_file};
@@ -86,9 +88,10 @@ pub enum Initial {
 /// What a card compares a PIN with, and the counter of tries that goes with it; for a card with a PIN of its own,
 /// perhaps also a PUK with a counter of its own.
 ///
-/// The try is used before the PIN is compared and given back after it proved right, all under a lock and each step
-/// on disk before the next: a process killed at any moment, or two that guess at once, gain no try. A new PIN is
-/// written together with the try given back: it is the old one or the new one that counts, whenever the process dies.
+/// The try is used, and that is on disk, before the PIN is compared; it is given back after the PIN proved right, all
+/// under a lock: a process killed at any moment, or two that guess at once, gain no try. The giving back is written and
+/// not waited for, so that a power cut may cost a try. A new PIN is written together with the try given back, and waited
+/// for: it is the old one or the new one that counts, whenever the process dies.
 ///
 /// ```no_run
 /// # fn example(store: &dyn emulated_card::keys::KeyStore) -> Result<(), Box<dyn std::error::Error>> {
@@ -117,7 +120,7 @@ enum Kind {
     /// The PIN is the store's own password.
     Store(Place),
     /// The PIN is the card's own; the host has the store's password.
-    Card { place: Place, store_password: Secret },
+    Card { place: Place, store_password: Secret, known: Mutex<Option<Box<Known>>> },
     /// Any PIN is right.
     Any { store_password: Secret },
 }
@@ -164,11 +167,11 @@ impl ReferenceData {
         let new_puk = first(kept.puk.as_ref(), puk, check_puk)?;
         let outcomes = (outcome(pin, new_pin.as_ref()), outcome(puk, new_puk.as_ref()));
         if new_pin.is_some() || new_puk.is_some() {
-            let locked = record.lock()?;
+            let mut locked = record.lock()?;
             let now = locked.read()?.unwrap_or_default();
             locked.write(&Contents { pin: new_pin.or(now.pin), puk: new_puk.or(now.puk), ..now })?;
         }
-        let kind = Kind::Card { place: Place::Disk(record), store_password };
+        let kind = Kind::card(Place::Disk(record), store_password);
         Ok((Self::new(kind, tries), outcomes.0, outcomes.1))
     }
 
@@ -192,7 +195,20 @@ impl ReferenceData {
         database: &Path,
         id: &CardId,
     ) -> Result<bool, StateError> {
-        reset(&Record::of_card(directory, database, id))
+        Self::reset_card_tries_at(directory, &[database.to_owned()], id)
+    }
+
+    /// The same of a card that is in one place or, certificate by certificate, in several.
+    pub(crate) fn reset_card_tries_at(
+        directory: &StateDirectory,
+        places: &[PathBuf],
+        id: &CardId,
+    ) -> Result<bool, StateError> {
+        let mut was_there = false;
+        for record in directory.records(places, id)? {
+            was_there |= reset(&record)?;
+        }
+        Ok(was_there)
     }
 
     /// Any PIN is right, and nothing is counted. The store is unlocked with `store_password`.
@@ -238,7 +254,7 @@ impl ReferenceData {
         let contents =
             Contents { pin: Some(hash(pin)?), puk: puk.map(hash).transpose()?, ..Contents::default() };
         let place = Place::Memory(Box::new(Mutex::new(contents)));
-        Ok(Self::new(Kind::Card { place, store_password: pin.clone() }, tries))
+        Ok(Self::new(Kind::card(place, pin.clone()), tries))
     }
 
     fn new(kind: Kind, tries: u8) -> Self {
@@ -255,7 +271,7 @@ impl ReferenceData {
     pub fn verify(&self, pin: &Secret, store: &dyn KeyStore) -> Result<Box<dyn Unlocked>, PinError> {
         match &self.kind {
             Kind::Any { store_password } => {
-                unlock_by_host(store, store_password).map_err(PinError::NotChecked)
+                by_host(store.unlock(store_password)).map_err(PinError::NotChecked)
             }
             Kind::Store(_) if !store.needs_secret() => {
                 // Such a store takes any PIN; a card over it must not, unless told to.
@@ -275,9 +291,9 @@ impl ReferenceData {
                     error => error,
                 })
             }
-            Kind::Card { place, store_password } => self.count(&mut *place.lock()?, PIN, |contents| {
-                compare(contents.pin.as_ref(), pin)?;
-                unlock_by_host(store, store_password).map_err(Failure::NotChecked)
+            Kind::Card { place, store_password, known } => self.count(&mut *place.lock()?, PIN, |contents| {
+                compare_or_know(known, contents.pin.as_ref(), pin)?;
+                by_host(store.unlock_held(store_password)).map_err(Failure::NotChecked)
             }),
         }
     }
@@ -297,11 +313,14 @@ impl ReferenceData {
         store: &dyn KeyStore,
     ) -> Result<Box<dyn Unlocked>, PinError> {
         self.check_change(new)?;
-        let Kind::Card { place, store_password } = &self.kind else { return Err(PinError::NotSupported) };
+        let Kind::Card { place, store_password, known } = &self.kind else {
+            return Err(PinError::NotSupported);
+        };
         self.count(&mut *place.lock()?, PIN, |contents| {
-            compare(contents.pin.as_ref(), old)?;
+            compare_or_know(known, contents.pin.as_ref(), old)?;
             contents.pin = Some(PinHash::of(new, place.cost()).map_err(Failure::NotChecked)?);
-            unlock_by_host(store, store_password).map_err(Failure::NotChecked)
+            lock(known).take();
+            by_host(store.unlock_held(store_password)).map_err(Failure::NotChecked)
         })
     }
 
@@ -339,8 +358,21 @@ impl ReferenceData {
             compare(contents.puk.as_ref(), puk)?;
             contents.pin = Some(PinHash::of(new, place.cost()).map_err(Failure::NotChecked)?);
             contents.left = None;
+            self.forget();
             Ok(())
         })
+    }
+
+    /// Forgets what a right PIN left in memory, by which it is known again without the time that its hash on disk takes.
+    pub(crate) fn forget(&self) {
+        if let Kind::Card { known, .. } = &self.kind {
+            lock(known).take();
+        }
+    }
+
+    /// Whether there is something to [`forget`](Self::forget).
+    pub(crate) fn remembers(&self) -> bool {
+        matches!(&self.kind, Kind::Card { known, .. } if lock(known).is_some())
     }
 
     /// Logs in to `store` without a PIN, for keys that ask for none (SP 800-73-4 Part 1 §3.1.4, card authentication):
@@ -350,12 +382,12 @@ impl ReferenceData {
     /// [`PinError::NotSupported`] where the store is behind the PIN itself; [`PinError::NotChecked`].
     pub fn without_pin(&self, store: &dyn KeyStore) -> Result<Box<dyn Unlocked>, PinError> {
         match &self.kind {
-            Kind::Any { store_password } | Kind::Card { store_password, .. } => {
-                unlock_by_host(store, store_password).map_err(PinError::NotChecked)
-            }
-            Kind::Store(_) if store.needs_secret() => Err(PinError::NotSupported),
-            Kind::Store(_) => unlock_by_host(store, &Secret::default()).map_err(PinError::NotChecked),
+            Kind::Any { store_password } => by_host(store.unlock(store_password)),
+            Kind::Card { store_password, .. } => by_host(store.unlock_held(store_password)),
+            Kind::Store(_) if store.needs_secret() => return Err(PinError::NotSupported),
+            Kind::Store(_) => by_host(store.unlock(&Secret::default())),
         }
+        .map_err(PinError::NotChecked)
     }
 
     /// Tries that are left; blocked is 0. With [`any`](Self::any), always the default.
@@ -446,28 +478,33 @@ impl ReferenceData {
         let mut now = self.caught_up(before.clone());
         let left = self.left(*counter(&mut now)).checked_sub(1).ok_or(PinError::Blocked)?;
         *counter(&mut now) = Some(left);
-        if let Err(error) = slot.write(&now) {
+        if let Err(error) = slot.write_counters(&now, true) {
             // It may be there all the same, and nothing was compared for it: a disk that fails each time is not to
             // block a PIN that nobody guessed at.
-            let _ = slot.write(&before);
+            let _ = slot.write_counters(&before, false);
             return Err(error.into());
         }
         match compare(&mut now) {
             Ok(done) => {
                 *counter(&mut now) = None;
-                // If this fails, `done` is dropped (a login, logged out), and the try stays used.
-                slot.write(&now)?;
+                // If this fails, `done` is dropped (a login, logged out), and the try stays used. A try that is given
+                // back may get lost in a power cut; a new PIN or PUK may not.
+                if (&now.pin, &now.puk) == (&before.pin, &before.puk) {
+                    slot.write_counters(&now, false)?;
+                } else {
+                    slot.write(&now)?;
+                }
                 Ok(done)
             }
             Err(Failure::Wrong) => Err(PinError::Wrong { left }),
             Err(Failure::Locked) => Err(PinError::Blocked),
             Err(Failure::Unclear(cause)) => Err(PinError::NotChecked(cause)),
             Err(Failure::NotChecked(cause)) => {
-                slot.write(&before)?;
+                slot.write_counters(&before, false)?;
                 Err(PinError::NotChecked(cause))
             }
             Err(Failure::Unfit(cause)) => {
-                slot.write(&before)?;
+                slot.write_counters(&before, false)?;
                 Err(PinError::Impossible(cause))
             }
         }
@@ -486,6 +523,30 @@ fn compare(hash: Option<&PinHash>, secret: &Secret) -> Result<(), Failure> {
         Some(Ok(false)) => Err(Failure::Wrong),
         Some(Err(cause)) => Err(Failure::NotChecked(cause)),
         None => Err(Failure::NotChecked("the card has no PIN".into())),
+    }
+}
+
+/// As [`compare`], unless the PIN has been right before and is known again: a wrong one is then told as quickly as a right
+/// one.
+fn compare_or_know(
+    known: &Mutex<Option<Box<Known>>>,
+    hash: Option<&PinHash>,
+    pin: &Secret,
+) -> Result<(), Failure> {
+    let mut known = lock(known);
+    match hash.and_then(|hash| known.as_ref()?.is(hash, pin)) {
+        Some(true) => return Ok(()),
+        Some(false) => return Err(Failure::Wrong),
+        None => *known = None,
+    }
+    compare(hash, pin)?;
+    *known = hash.and_then(|hash| Known::new(hash, pin)).map(Box::new);
+    Ok(())
+}
+
+impl Kind {
+    fn card(place: Place, store_password: Secret) -> Self {
+        Self::Card { place, store_password, known: Mutex::default() }
     }
 }
 
@@ -564,28 +625,39 @@ pub fn check_puk(puk: &Secret) -> Result<(), CardPinError> {
 
 /// Where contents are read and written while nobody else can.
 trait Slot {
-    fn read(&self) -> Result<Contents, StateError>;
+    fn read(&mut self) -> Result<Contents, StateError>;
+    /// As a whole, to survive a power cut.
     fn write(&mut self, contents: &Contents) -> Result<(), StateError>;
+    /// With other counters than were read. If not `flushed`, a power cut may leave those that were written before.
+    fn write_counters(&mut self, contents: &Contents, flushed: bool) -> Result<(), StateError>;
 }
 
 impl Slot for LockedRecord<'_> {
-    fn read(&self) -> Result<Contents, StateError> {
+    fn read(&mut self) -> Result<Contents, StateError> {
         self.read_existing()
     }
 
     fn write(&mut self, contents: &Contents) -> Result<(), StateError> {
         LockedRecord::write(self, contents)
     }
+
+    fn write_counters(&mut self, contents: &Contents, flushed: bool) -> Result<(), StateError> {
+        LockedRecord::write_counters(self, contents, flushed)
+    }
 }
 
 impl Slot for MutexGuard<'_, Contents> {
-    fn read(&self) -> Result<Contents, StateError> {
+    fn read(&mut self) -> Result<Contents, StateError> {
         Ok((**self).clone())
     }
 
     fn write(&mut self, contents: &Contents) -> Result<(), StateError> {
         contents.clone_into(self);
         Ok(())
+    }
+
+    fn write_counters(&mut self, contents: &Contents, _: bool) -> Result<(), StateError> {
+        self.write(contents)
     }
 }
 
@@ -610,15 +682,15 @@ impl From<UnlockError> for Failure {
 }
 
 /// A password of the host's that is refused says nothing about the guest's PIN.
-fn unlock_by_host(store: &dyn KeyStore, password: &Secret) -> Result<Box<dyn Unlocked>, String> {
-    store.unlock(password).map_err(|error| match error {
+fn by_host(unlocked: Result<Box<dyn Unlocked>, UnlockError>) -> Result<Box<dyn Unlocked>, String> {
+    unlocked.map_err(|error| match error {
         UnlockError::NotChecked(cause) | UnlockError::Unclear(cause) => cause,
         refused => format!("the key store refused the host's password: {refused}"),
     })
 }
 
 fn reset(record: &Record) -> Result<bool, StateError> {
-    let locked = record.lock()?;
+    let mut locked = record.lock()?;
     match locked.read()? {
         Some(contents) if record.has_counter(&contents) => {
             locked.write(&Contents { left: None, puk_left: None, ..contents }).map(|()| true)
@@ -628,7 +700,7 @@ fn reset(record: &Record) -> Result<bool, StateError> {
 }
 
 /// A panic in the store leaves the try used, which is what the counter says already.
-fn lock(contents: &Mutex<Contents>) -> MutexGuard<'_, Contents> {
+fn lock<T>(contents: &Mutex<T>) -> MutexGuard<'_, T> {
     contents.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -648,13 +720,17 @@ mod tests {
     struct Failing(Contents);
 
     impl Slot for Failing {
-        fn read(&self) -> Result<Contents, StateError> {
+        fn read(&mut self) -> Result<Contents, StateError> {
             Ok(self.0.clone())
         }
 
         fn write(&mut self, contents: &Contents) -> Result<(), StateError> {
             self.0 = contents.clone();
             Err(StateError::NoPlace)
+        }
+
+        fn write_counters(&mut self, contents: &Contents, _: bool) -> Result<(), StateError> {
+            self.write(contents)
         }
     }
 

@@ -31,6 +31,7 @@ impl Directory {
         let file = match rustix::fs::openat(&self.file, name, flags, Mode::RUSR | Mode::WUSR) {
             Ok(fd) => File::from(fd),
             Err(Errno::LOOP) => return Err(refused("is a symbolic link")),
+            Err(Errno::ISDIR) => return Err(refused("is not a regular file")),
             Err(errno) => return Err(self.io_error(name, "open", errno.into())),
         };
         let metadata = file.metadata().map_err(|source| self.io_error(name, "look at", source))?;
@@ -76,6 +77,24 @@ impl Directory {
             return Err(fail("write", source));
         }
         sync_directory(at).map_err(|source| fail("write (directory)", source))
+    }
+
+    /// Whether there is something of that name.
+    pub(super) fn has(&self, name: &str) -> Result<bool, StateError> {
+        match rustix::fs::statat(&self.file, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(self.io_error(name, "look at", errno.into())),
+        }
+    }
+
+    /// Renames a file, for good.
+    pub(super) fn rename(&self, name: &str, new: &str) -> Result<(), StateError> {
+        let renamed = rustix::fs::renameat(&self.file, name, &self.file, new);
+        renamed
+            .map_err(io::Error::from)
+            .and_then(|()| sync_directory(&self.file))
+            .map_err(|source| self.io_error(name, "rename", source))
     }
 
     pub(super) fn io_error(&self, name: &str, what: &'static str, source: io::Error) -> StateError {

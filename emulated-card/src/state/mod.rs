@@ -3,8 +3,10 @@
 //! One directory holds it all. Per database there is `database-….state`, the counter that all cards on that
 //! database share; per token `token-….state`, the same for it, and `token-….claim`; per card `card-….claim`, locked
 //! while the card is open, and `card-….state`, which holds the card's identity and, for a card with a PIN of its own,
-//! hash and counter of PIN and PUK. A `.lock` beside each `.state` is what VERIFY locks: the `.state` is replaced as a
-//! whole each time, and a lock stays with the file that was replaced.
+//! hash and counter of PIN and PUK. A `.lock` beside each `.state` is what VERIFY locks: the `.state` is replaced when
+//! more than a counter changes, and a lock stays with the file that was replaced. A counter is written in place, into the
+//! one of two slots that does not count, so that a power cut leaves the other. `.replaced-1` and so on are `.state` files
+//! of earlier versions, to which another order of certificates was another card.
 //!
 //! No file is a new card. A file that is there but cannot be trusted is an error, never a new card: otherwise
 //! damaging it would be a way to get tries back.

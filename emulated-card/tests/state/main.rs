@@ -24,6 +24,8 @@ const RIGHT: &[u8] = b"12345678";
 const WRONG: &[u8] = b"87654321";
 const NEW: &[u8] = b"246810";
 const PUK: &[u8] = b"\x0012345\xff\xff";
+/// Length of each half of a state file.
+const SLOT: usize = 4096;
 const DATABASE: &str = "/home/alice/.pki/nssdb";
 /// Says to [`child`] what to do.
 const CHILD: &str = "VSCARD_STATE_TEST_CHILD";
@@ -37,7 +39,9 @@ mod change;
 mod identity;
 #[path = "../common/killed.rs"]
 mod killed;
+mod known;
 mod secrets;
+mod slots;
 
 use killed::{BEGIN, kill_in_a_round};
 
@@ -289,10 +293,7 @@ fn files_are_private_and_can_be_read_by_their_owner() {
         assert_eq!(entry.unwrap().metadata().unwrap().mode() & 0o777, 0o600);
     }
     let text = fs::read_to_string(only_file(deep.path(), "state")).unwrap();
-    assert!(
-        text.starts_with(&format!("vscard-state 1\ndatabase {DATABASE}\ntries-left 2\nsha256 ")),
-        "{text}"
-    );
+    assert!(text.contains(&format!("flushed yes\ndatabase {DATABASE}\ntries-left 2\nsha256 ")), "{text}");
 }
 
 #[test]
@@ -302,7 +303,7 @@ fn a_long_or_odd_database_path_is_shown_on_one_short_line() {
     let data = ReferenceData::of_database(&place.directory, &path, 3);
     assert_wrong(&data.verify(&WRONG.into(), &Store::new()), 2);
     assert_eq!(data.tries_left().unwrap(), 2);
-    assert!(fs::metadata(place.state_file()).unwrap().len() < 2048);
+    assert!(newest_slot(&place.state_file()).trim_end().len() < 2048);
 }
 
 #[test]
@@ -317,24 +318,25 @@ fn any_damage_or_truncation_refuses_verify() {
         assert!(matches!(refused, Some(PinError::State(StateError::Damaged { .. }))), "{what}: {refused:?}");
         assert!(matches!(data.tries_left(), Err(PinError::State(StateError::Damaged { .. }))), "{what}");
     };
-    for length in 0..good.len() {
+    for length in (0..good.len()).step_by(61).chain([SLOT - 1, SLOT, SLOT + 1, good.len() - 1]) {
         fs::write(&file, &good[..length]).unwrap();
         refuses(&format!("{length} bytes"));
     }
-    for at in 0..good.len() {
-        for bit in 0..8 {
-            let mut bad = good.clone();
-            bad[at] ^= 1 << bit;
-            fs::write(&file, bad).unwrap();
-            refuses(&format!("bit {bit} of byte {at}"));
-        }
+    // Half of it is enough, but not none.
+    for at in (0..300).chain(SLOT - 2..SLOT) {
+        let bit = at % 8;
+        let mut bad = good.clone();
+        bad[at] ^= 1 << bit;
+        bad[SLOT + at] ^= 1 << bit;
+        fs::write(&file, bad).unwrap();
+        refuses(&format!("bit {bit} of byte {at}"));
     }
     for (what, more) in [("a byte more", 1), ("oversized", 10_000), ("huge", 1 << 24)] {
         fs::write(&file, [&good[..], &vec![b'\n'; more]].concat()).unwrap();
         refuses(what);
     }
     assert_eq!(store.compared(), 1);
-    fs::write(&file, good).unwrap();
+    fs::write(&file, &good).unwrap();
     assert_eq!(data.tries_left().unwrap(), 2);
     // What the error says to do.
     fs::remove_file(&file).unwrap();
@@ -440,42 +442,50 @@ fn what_cannot_be_written_is_not_compared() {
     let place = Place::new();
     let (data, store) = (place.data(3), Store::new());
     assert_wrong(&data.verify(&WRONG.into(), &store), 2);
+    let state_file = place.state_file();
+    fs::remove_file(&state_file).unwrap();
     // Binds root too, unlike permissions.
-    let in_the_way = place.state_file().with_extension("new");
+    let in_the_way = state_file.with_extension("new");
     fs::create_dir(&in_the_way).unwrap();
     let refused = data.verify(&RIGHT.into(), &store).err();
     assert!(matches!(refused, Some(PinError::State(StateError::Io { .. }))), "{refused:?}");
-    assert!(data.reset_tries().is_err());
-    assert_eq!((store.compared(), data.tries_left().unwrap()), (1, 2));
+    assert_eq!((store.compared(), data.tries_left().unwrap()), (1, 3));
     fs::remove_dir(&in_the_way).unwrap();
     // What a killed process leaves is not.
     fs::write(&in_the_way, "half a st").unwrap();
     data.verify(&RIGHT.into(), &store).unwrap();
 
-    fs::set_permissions(place.directory.path(), fs::Permissions::from_mode(0o500)).unwrap();
     if !rustix::process::geteuid().is_root() {
+        fs::set_permissions(&state_file, fs::Permissions::from_mode(0o400)).unwrap();
         assert!(matches!(data.verify(&RIGHT.into(), &store), Err(PinError::State(_))));
         assert_eq!(store.compared(), 2);
     }
-    fs::set_permissions(place.directory.path(), fs::Permissions::from_mode(0o700)).unwrap();
 }
 
 #[test]
 fn a_try_that_cannot_be_given_back_ends_the_login() {
     let place = Place::new();
-    let data = place.data(3);
-    for (answer, left) in [(Ok(()), 2), (Err(UnlockError::NotChecked("gone".into())), 1)] {
-        let directory = place.directory.path().to_owned();
-        let store = Store::with(move |_| {
-            fs::create_dir(only_file(&directory, "state").with_extension("new")).unwrap();
-            answer.clone()
-        });
-        let refused = data.verify(&RIGHT.into(), &store).err();
-        assert!(matches!(refused, Some(PinError::State(StateError::Io { .. }))), "{refused:?}");
-        assert_eq!((store.compared(), store.logins()), (1, 0));
-        assert_eq!(data.tries_left().unwrap(), left);
-        fs::remove_dir(place.state_file().with_extension("new")).unwrap();
+    assert_wrong(&place.data(3).verify(&WRONG.into(), &Store::new()), 2);
+    for (what, left) in [("keep-right", 1), ("keep-unchecked", 0)] {
+        // 25 is SIGXFSZ, which would kill.
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' 25; exec \"$0\" \"$@\""]).arg(this()).child(what, &place);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(place.data(3).tries_left().unwrap(), left);
     }
+    // And when the file is replaced.
+    let state_file = place.state_file();
+    fs::remove_file(&state_file).unwrap();
+    let data = place.data(3);
+    let store = Store::with(move |_| {
+        fs::create_dir(state_file.with_extension("new")).unwrap();
+        Ok(())
+    });
+    let refused = data.verify(&RIGHT.into(), &store).err();
+    assert!(matches!(refused, Some(PinError::State(StateError::Io { .. }))), "{refused:?}");
+    assert_eq!((store.compared(), store.logins()), (1, 0));
+    assert_eq!(data.tries_left().unwrap(), 2);
 }
 
 #[test]
@@ -498,7 +508,7 @@ fn a_full_disk_refuses_verify() {
 fn a_full_or_read_only_file_system_refuses_verify() {
     let place = Place::new();
     fs::create_dir(place.directory.path()).unwrap();
-    let script = "mount -t tmpfs -o size=16k,mode=0700 state \"$VSCARD_STATE_TEST_DIRECTORY\" || exit 77; \
+    let script = "mount -t tmpfs -o size=48k,mode=0700 state \"$VSCARD_STATE_TEST_DIRECTORY\" || exit 77; \
                   exec \"$0\" \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script]).arg(this());
@@ -785,15 +795,27 @@ fn child() {
             Err(error) => say(&format!("\nread error: {error}\n")),
         },
         "unwritable" => refused(&data),
+        "keep-right" | "keep-unchecked" => {
+            let data = ReferenceData::of_database(&directory, DATABASE.as_ref(), 3);
+            let is_right = what == "keep-right";
+            let store = Store::with(move |_| {
+                // Stands in for a disk that fails from now on.
+                forbid_writing();
+                if is_right { Ok(()) } else { Err(UnlockError::NotChecked("gone".into())) }
+            });
+            let refused = data.verify(&RIGHT.into(), &store).err();
+            assert!(matches!(refused, Some(PinError::State(StateError::Io { .. }))), "{refused:?}");
+            assert_eq!((store.compared(), store.logins()), (1, 0));
+        }
         "tmpfs" => {
             say("\nmounted\n");
             assert_wrong(&data.verify(&WRONG.into(), &store), 14);
             let filler = Path::new(&place).join("filler");
             fs::write(&filler, [0; 1 << 20]).unwrap_err();
-            refused(&data);
-            assert_eq!(data.tries_left().unwrap(), 14);
-            fs::remove_file(filler).unwrap();
+            // What there is has its room; there is none for another one's.
             assert_wrong(&data.verify(&WRONG.into(), &store), 13);
+            refused(&ReferenceData::of_database(&directory, "/elsewhere".as_ref(), 15));
+            fs::remove_file(filler).unwrap();
 
             let claim = directory.claim(DATABASE.as_ref(), &card("")).unwrap();
             drop(claim);
@@ -853,6 +875,13 @@ fn started(command: &mut Command) -> (Child, BufReader<ChildStdout>) {
         assert_ne!(output.read_line(&mut line).unwrap(), 0, "the child ended");
     }
     (child, output)
+}
+
+/// Every later write of this process to a file fails.
+fn forbid_writing() {
+    let limits = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+    let none = rustix::process::Rlimit { current: Some(0), ..limits };
+    rustix::process::setrlimit(rustix::process::Resource::Fsize, none).unwrap();
 }
 
 // ---- what the tests stand on
@@ -931,6 +960,27 @@ fn numbered(pin: u32) -> Secret {
 
 fn sha256(text: &str) -> String {
     sha2::Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The slot of a state file that counts.
+fn newest_slot(file: &Path) -> String {
+    let text = fs::read_to_string(file).unwrap();
+    assert_eq!(text.len(), 2 * SLOT);
+    let (first, second) = text.split_at(SLOT);
+    let sequence = |slot: &str| -> u64 {
+        let line = slot.lines().find_map(|line| line.strip_prefix("sequence "));
+        line.unwrap().parse().unwrap()
+    };
+    if sequence(first) > sequence(second) { first } else { second }.to_owned()
+}
+
+/// Makes a state file what the first version would have left.
+fn as_first_version(file: &Path, edit: impl FnOnce(String) -> String) {
+    let slot = newest_slot(file);
+    let lines = slot.lines().skip(3).take_while(|line| !line.starts_with("sha256 "));
+    let body: String = ["vscard-state 1"].into_iter().chain(lines).map(|line| format!("{line}\n")).collect();
+    let body = edit(body);
+    fs::write(file, format!("{body}sha256 {}\n", sha256(&body))).unwrap();
 }
 
 fn only_file(directory: &Path, extension: &str) -> PathBuf {

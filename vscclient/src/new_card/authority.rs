@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use emulated_card::keys::{Curve, KeyKind};
 use openssl::asn1::{Asn1Integer, Asn1Object, Asn1Time};
-use openssl::bn::{BigNum, MsbOption};
+use openssl::bn::{BigNum, BigNumRef, MsbOption};
 use openssl::ec::{EcGroup, EcKey};
 use openssl::error::ErrorStack;
 use openssl::nid::Nid;
@@ -99,7 +99,7 @@ impl Authority {
         // Two authorities of one name would be taken for one another.
         let name = format!("Test card CA {:08x}", u32::from_be_bytes(number));
         let name = subject(&[(Nid::COMMONNAME, &name)])?;
-        let mut builder = builder(&name, &key, validity.from, validity.authority_until)?;
+        let mut builder = builder(&name, &key, &*serial()?, validity.from, validity.authority_until)?;
         builder.set_issuer_name(&name)?;
         builder.append_extension(BasicConstraints::new().critical().ca().pathlen(0).build()?)?;
         builder.append_extension(KeyUsage::new().critical().key_cert_sign().crl_sign().build()?)?;
@@ -113,6 +113,7 @@ impl Authority {
         &self,
         purpose: Purpose,
         key: &PKey<Private>,
+        serial: &BigNumRef,
         holder: &Holder<'_>,
     ) -> Result<X509, ErrorStack> {
         let mut usage = KeyUsage::new();
@@ -152,7 +153,7 @@ impl Authority {
                 names.uri(&format!("urn:uuid:{uuid}"));
             }
         }
-        let mut builder = builder(&subject_name, key, self.validity.from, self.validity.until)?;
+        let mut builder = builder(&subject_name, key, serial, self.validity.from, self.validity.until)?;
         builder.set_issuer_name(self.certificate.subject_name())?;
         builder.append_extension(BasicConstraints::new().critical().build()?)?;
         builder.append_extension(usage.critical().build()?)?;
@@ -206,18 +207,24 @@ pub(super) fn generate(algorithm: Algorithm) -> Result<PKey<Private>, ErrorStack
     PKey::from_ec_key(EcKey::generate(&group)?)
 }
 
-fn builder(
-    subject: &X509Name,
-    key: &PKey<Private>,
-    from: SystemTime,
-    until: SystemTime,
-) -> Result<X509Builder, ErrorStack> {
+/// A random serial number.
+pub(super) fn serial() -> Result<BigNum, ErrorStack> {
     let mut serial = BigNum::new()?;
     // RFC 5280 §4.1.2.2: positive, at most 20 bytes.
     serial.rand(127, MsbOption::ONE, false)?;
+    Ok(serial)
+}
+
+fn builder(
+    subject: &X509Name,
+    key: &PKey<Private>,
+    serial: &BigNumRef,
+    from: SystemTime,
+    until: SystemTime,
+) -> Result<X509Builder, ErrorStack> {
     let mut builder = X509Builder::new()?;
     builder.set_version(2)?;
-    builder.set_serial_number(&*Asn1Integer::from_bn(&serial)?)?;
+    builder.set_serial_number(&*Asn1Integer::from_bn(serial)?)?;
     builder.set_subject_name(subject)?;
     builder.set_pubkey(key)?;
     builder.set_not_before(&*time(from)?)?;

@@ -26,6 +26,7 @@ use emulated_card::state::{CardId, PlaceError, StateError};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::pkey::{PKey, Private};
+use openssl::x509::X509;
 use thiserror::Error;
 use vscard_protocol::Secret;
 use zeroize::Zeroizing;
@@ -249,25 +250,26 @@ impl NewCard {
             Ok(authority::generate(self.algorithm)?)
         });
         let keys: Vec<_> = keys.collect::<Result<_, NewCardError>>()?;
-        let holder = Holder {
-            name: &self.name,
-            upn: self.upn.as_deref(),
-            email: self.email.as_deref(),
-            card: self.identity(&keys)?.guid(),
+        let serials = keys.iter().map(|_| authority::serial()).collect::<Result<Vec<_>, _>>()?;
+        let issue = |card| -> Result<Vec<_>, ErrorStack> {
+            let (upn, email) = (self.upn.as_deref(), self.email.as_deref());
+            let holder = Holder { name: &self.name, upn, email, card };
+            let each = Purpose::ALL.into_iter().zip(keys.iter().zip(&serials));
+            each.map(|(purpose, (key, serial))| authority.issue(purpose, key, serial, &holder)).collect()
         };
-        let mut certificates = Vec::new();
-        for (purpose, key) in Purpose::ALL.into_iter().zip(&keys) {
-            let certificate = authority.issue(purpose, key, &holder)?;
+        // The card's GUID follows its certificates, but not what they say of it.
+        let card = self.identity(&keys, &issue([0; 16])?)?.guid();
+        let certificates = issue(card)?;
+        for ((purpose, key), certificate) in Purpose::ALL.into_iter().zip(&keys).zip(&certificates) {
             let name = purpose.name();
             write(&file(&format!("{name}.pem")), &certificate.to_pem()?, 0o644)?;
             match &database {
-                Some(database) => database.add(name, &certificate, key)?,
+                Some(database) => database.add(name, certificate, key)?,
                 None => {
                     let key = Zeroizing::new(key.private_key_to_pem_pkcs8()?);
                     write(&file(&format!("{name}.key")), &key, 0o600)?;
                 }
             }
-            certificates.push(certificate);
         }
         let revoked = if self.revoked { &certificates[..] } else { &[] };
         write(&file("crl.pem"), &authority.revoke(revoked)?.to_pem()?, 0o644)?;
@@ -279,13 +281,14 @@ impl NewCard {
         write(&file("README.txt"), self.readme().as_bytes(), 0o644)
     }
 
-    /// Who the card will be: that comes from its keys alone, so it can be told to its certificates.
-    fn identity(&self, keys: &[PKey<Private>]) -> Result<CardId, NewCardError> {
-        let certificate = |key: &PKey<Private>| {
-            let (name, der, kind) = (String::new(), vec![], self.algorithm.kind());
-            Ok(Certificate { name, der, public_key: key.public_key_to_der()?, kind })
+    /// Who the card will be: that can be told to its certificates.
+    fn identity(&self, keys: &[PKey<Private>], certificates: &[X509]) -> Result<CardId, NewCardError> {
+        let certificate = |(key, certificate): (&PKey<Private>, &X509)| {
+            let (name, kind) = (String::new(), self.algorithm.kind());
+            Ok(Certificate { name, der: certificate.to_der()?, public_key: key.public_key_to_der()?, kind })
         };
-        let certificates: Vec<_> = keys.iter().map(certificate).collect::<Result<_, ErrorStack>>()?;
+        let certificates: Vec<_> =
+            keys.iter().zip(certificates).map(certificate).collect::<Result<_, ErrorStack>>()?;
         Ok(CardId::derive(&certificates, ""))
     }
 

@@ -20,6 +20,9 @@ const URL: &str = "sql:nssdb";
 /// Brings a key and its certificate there.
 const TRANSPORT_FILE: &str = "nssdb.p12";
 
+/// How often a password is hashed: slowness keeps nobody from guessing this one, which is random, and lies beside.
+const ROUNDS: (&str, &str) = ("NSS_MAX_MP_PBE_ITERATION_COUNT", "1");
+
 /// A new database in a card's directory, with a random password in a file beside it.
 pub(super) struct Database<'a> {
     card: &'a Path,
@@ -56,7 +59,13 @@ impl<'a> Database<'a> {
 
 fn run(card: &Path, program: &'static str, arguments: &[&str]) -> Result<(), NewCardError> {
     let mut command = Command::new(program);
-    let command = command.args(arguments).env("LC_ALL", "C").current_dir(card).stdin(Stdio::null()).output();
+    let command = command
+        .args(arguments)
+        .env("LC_ALL", "C")
+        .env(ROUNDS.0, ROUNDS.1)
+        .current_dir(card)
+        .stdin(Stdio::null())
+        .output();
     let output = match command {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(NewCardError::NoTool(program)),
         other => other.map_err(|source| NewCardError::Io { path: program.into(), source })?,

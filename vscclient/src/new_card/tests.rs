@@ -378,3 +378,25 @@ fn what_is_no_card_management_key_is_refused() {
     let line = ["vscclient", "new-card", "d", "--pin-file", "p", "--name", "J", "--admin-algorithm", "3des"];
     assert!(Cli::try_parse_from(line).is_err());
 }
+
+/// NSS hashes the password once: it is random, and a VERIFY is not to wait for more.
+#[test]
+fn an_nss_card_s_keys_are_quickly_decrypted() {
+    // PBKDF2 (RFC 8018 appendix A.2): a salt, and how often.
+    const PBKDF2: [u8; 11] = [0x06, 0x09, 0x2A, 0x86, 0x48, 0x86, 0xF7, 0x0D, 0x01, 0x05, 0x0C];
+    let place = Place::new();
+    place.new_card(&["--nss", "--algorithm", "rsa1024"]).unwrap();
+    let content = fs::read(place.path("card/nssdb/key4.db")).unwrap();
+    let starts = (0..content.len()).filter(|&start| content[start..].starts_with(&PBKDF2));
+    let rounds: Vec<_> = starts
+        .map(|start| {
+            // The sequence's header, the salt and its header.
+            let salt = start + PBKDF2.len() + 2;
+            let number = salt + 2 + usize::from(content[salt + 1]);
+            assert_eq!((content[salt], content[number]), (0x04, 0x02));
+            content[number + 2..][..content[number + 1].into()].to_vec()
+        })
+        .collect();
+    // The password's, and some of each key.
+    assert!(rounds.len() > 8 && rounds.iter().all(|rounds| rounds == &[1]), "{rounds:?}");
+}

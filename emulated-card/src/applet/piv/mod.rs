@@ -43,6 +43,7 @@ const CURRENT_APPLICATION: u16 = 0x3FFF;
 pub(crate) struct Piv {
     objects: Vec<Object>,
     keys: Vec<Key>,
+    id: CardId,
     /// Whether the card has an administrator.
     writable: bool,
 }
@@ -101,7 +102,7 @@ impl Piv {
             keys.push(Key { slot: *slot, index: *index, kind: certificate.kind, algorithm });
             placed.push((*slot, certificate));
         }
-        Ok(Self { objects: object::objects(&placed, id)?, keys, writable })
+        Ok(Self { objects: object::objects(&placed, id)?, keys, id: id.clone(), writable })
     }
 
     /// The key in a slot.
@@ -141,8 +142,10 @@ impl Piv {
                 Some(written) => return ber(&[0x53], written).into(),
                 None => {}
             }
-            if let Some(history) = object::written_key_history(tag, &self.objects, memory) {
-                return history.content.into();
+            let made = object::written_key_history(tag, &self.objects, memory)
+                .or_else(|| object::written_identity(tag, &self.id, memory));
+            if let Some(object) = made {
+                return object.content.into();
             }
         }
         match self.objects.iter().find(|object| object.tag == tag) {

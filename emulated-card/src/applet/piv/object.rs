@@ -113,6 +113,22 @@ pub(super) fn written_key_history(tag: &[u8], objects: &[Object], memory: &dyn W
     (tag == [0x5F, 0xC1, KEY_HISTORY]).then(|| key_history(retired()))
 }
 
+/// What tells hosts that a card on which certificates were put is not as it was, if that is what `tag` means.
+pub(super) fn written_identity(tag: &[u8], id: &CardId, memory: &dyn Writable) -> Option<Object> {
+    let make = match tag {
+        [0x5F, 0xC1, CHUID] => chuid,
+        [0x5F, 0xC1, CAPABILITIES] => capabilities,
+        _ => return None,
+    };
+    let written: Vec<_> = PivSlot::all()
+        .filter_map(|slot| Some((slot.reference(), memory.object(certificate_object(slot))?)))
+        .map(|(reference, content)| [&[reference], &content[..]].concat())
+        .collect();
+    let written: Vec<&[u8]> = written.iter().map(Vec::as_slice).collect();
+    let [.., last] = tag else { return None };
+    (!written.is_empty()).then(|| object(*last, &make(&id.reissued(&written))))
+}
+
 fn object(last: u8, content: &[u8]) -> Object {
     Object { tag: vec![0x5F, 0xC1, last], content: ber(&[0x53], content) }
 }
@@ -145,7 +161,7 @@ fn chuid(id: &CardId) -> Vec<u8> {
 /// Card capability container. No card URLs: OpenSC would take them for those of a CAC.
 fn capabilities(id: &CardId) -> Vec<u8> {
     // RID of GSC-IS, manufacturer, card type (02: Java card), and what tells this card.
-    let identifier = [&[0xA0, 0x00, 0x00, 0x01, 0x16, 0xFF, 0x02][..], &id.card_identifier()].concat();
+    let identifier = [&[0xA0, 0x00, 0x00, 0x01, 0x16, 0xFF, 0x02][..], &id.piv_card_identifier()].concat();
     [
         ber(&[0xF0], &identifier),
         // Container and grammar version 2.1, no card URLs, no PKCS#15, data model 10.

@@ -1,7 +1,10 @@
 //! Logins to a slot, and what can be done while one lasts.
 
 use std::ffi::CStr;
+use std::fs;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vscard_protocol::{LogBudget, Secret};
@@ -35,7 +38,7 @@ pub(super) fn check_password(slot: &Slot, place: &Place, secret: &Secret) -> Res
         // A token may have counted before it failed: pulled out in the middle, for instance. NSS compares the password
         // of a database itself.
         Login::NotChecked(error) => match place {
-            Place::Database => Err(UnlockError::NotChecked(error.to_string())),
+            Place::Database { .. } => Err(UnlockError::NotChecked(error.to_string())),
             Place::Token { .. } => Err(UnlockError::Unclear(error.to_string())),
         },
     }
@@ -63,7 +66,10 @@ pub(super) struct Keys {
 /// Where the keys are.
 pub(super) enum Place {
     /// In a database: they may be copied to memory, all that are wanted must be there.
-    Database,
+    Database {
+        /// The file that they are in.
+        file: PathBuf,
+    },
     /// On the token of that insertion, which they do not leave.
     Token {
         /// [`Slot::series`] of the insertion.
@@ -87,16 +93,52 @@ struct Current {
     generation: u64,
     /// In the order of [`Keys::wanted`]; empty when logged out. A key that a token does not have is `None`.
     keys: Vec<Option<LoginKey>>,
+    /// The password, if it is one that outlives the login, as do copies of keys: NSS then remains logged in by it.
+    held: Option<Secret>,
+    /// Those copies, in the same order, while nobody is logged in.
+    copies: Vec<Option<PrivateKey>>,
+    /// Of which file of keys they are, and the next ones.
+    file: Option<FileState>,
+    /// Whether each key was compared with its certificate, which takes as long as an operation.
+    compared: Vec<bool>,
     /// For keys that want the PIN each time, until it is used.
     pin: Option<Secret>,
     /// It was said that operations are slow.
     warned: bool,
 }
 
+/// By which a file is known not to have changed.
+#[derive(PartialEq, Eq)]
+struct FileState {
+    device: u64,
+    inode: u64,
+    size: u64,
+    /// Seconds and nanoseconds of the last change, of contents or attributes.
+    changed: (i64, i64),
+    modified: (i64, i64),
+}
+
+impl Place {
+    /// `None` if it cannot be said.
+    fn file_state(&self) -> Option<FileState> {
+        let Self::Database { file } = self else { return None };
+        let metadata = fs::metadata(file).ok()?;
+        Some(FileState {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        })
+    }
+}
+
 /// A private key of the current login.
 struct LoginKey {
     key: PrivateKey,
-    /// Whether `key` is in memory, or at least that has been tried.
+    /// Whether a copy in memory was made, or at least that has been tried.
+    tried: bool,
+    /// Whether `key` is that copy.
     copied: bool,
     /// CKA_ALWAYS_AUTHENTICATE.
     wants_pin: bool,
@@ -109,10 +151,13 @@ impl LoginKey {
     /// session copy costs that once. It is made at the first use, because a login of ten keys of which one is
     /// used would wait 300 ms.
     fn fast(&mut self, place: &Place, name: &str, warned: &mut bool) -> &PrivateKey {
-        if !self.copied && matches!(place, Place::Database) {
-            self.copied = true;
+        if !self.tried && matches!(place, Place::Database { .. }) {
+            self.tried = true;
             match self.key.session_copy() {
-                Ok(copy) => self.key = copy,
+                Ok(copy) => {
+                    self.key = copy;
+                    self.copied = true;
+                }
                 Err(error) => {
                     if !std::mem::replace(warned, true) {
                         LINES.tell("no copy", |end| {
@@ -131,18 +176,31 @@ impl Keys {
         Self { wanted, slot, place, current: Mutex::default() }
     }
 
-    /// Logs in with `secret`, if the slot wants one, and finds the keys.
-    pub(super) fn unlock(self: &Arc<Self>, secret: &Secret) -> Result<NssLogin, UnlockError> {
+    /// Logs in with `secret`, if the slot wants one, and finds the keys. If copies of them are to be `lasting`, those of
+    /// earlier logins are used again, and those of this one remain, until the database's file of keys changes.
+    pub(super) fn unlock(self: &Arc<Self>, secret: &Secret, lasting: bool) -> Result<NssLogin, UnlockError> {
         let mut current = self.lock();
         // Also before a check that fails without asking NSS: after any error nobody is logged in.
         self.end(&mut current);
+        let file = self.place.file_state();
+        let is_same_file = file.is_some() && file == current.file;
+        if !is_same_file {
+            current.file = file;
+            current.compared.clear();
+        }
+        let lasting = lasting && self.needs_login();
+        let is_held =
+            lasting && is_same_file && current.held.as_ref().is_some_and(|held| held.equals(secret.expose()));
+        if !is_held && current.held.is_some() {
+            self.drop_held(&mut current);
+        }
         let removed = || "the token was removed".to_owned();
         // Another token must not be given the PIN.
         if !self.is_in() {
             return Err(UnlockError::NotChecked(removed()));
         }
         self.check_askable(secret)?;
-        if self.needs_login() {
+        if self.needs_login() && !is_held {
             check_password(&self.slot, &self.place, secret)?;
             // Nor may its word count for this one, should it have come just now.
             if !self.is_in() {
@@ -150,17 +208,46 @@ impl Keys {
                 return Err(UnlockError::Unclear(removed()));
             }
         }
-        match self.wanted.iter().map(|wanted| self.find(wanted)).collect() {
+        let mut copies = std::mem::take(&mut current.copies);
+        copies.resize_with(self.wanted.len(), || None);
+        current.compared.resize(self.wanted.len(), false);
+        let keys =
+            self.wanted.iter().zip(copies).zip(&mut current.compared).map(|((wanted, copy), compared)| {
+                match copy {
+                    Some(key) => Ok(Some(LoginKey { key, tried: true, copied: true, wants_pin: false })),
+                    None => self.find(wanted, compared),
+                }
+            });
+        let keys: Result<Vec<_>, _> = keys.collect();
+        match keys {
             Ok(keys) => current.keys = keys,
             Err(reason) => {
-                self.end(&mut current);
+                self.drop_held(&mut current);
                 return Err(UnlockError::NotChecked(reason));
             }
         }
+        current.held = lasting.then(|| secret.clone());
         if current.keys.iter().flatten().any(|key| key.wants_pin) {
             current.pin = Some(secret.clone());
         }
         Ok(NssLogin { generation: current.generation, keys: Arc::clone(self) })
+    }
+
+    /// Drops the copies of keys that outlive their login; those of a login that still lasts go with it.
+    pub(super) fn forget(&self) {
+        let mut current = self.lock();
+        if current.keys.is_empty() {
+            self.drop_held(&mut current);
+        }
+        current.held = None;
+    }
+
+    /// When nobody is logged in.
+    fn drop_held(&self, current: &mut Current) {
+        // Before the logout: after it, NSS does not take them from its memory.
+        current.copies.clear();
+        current.held = None;
+        self.log_out();
     }
 
     /// What a token would refuse without a comparison, with an error that does not tell so: the guest is not to lose a
@@ -184,7 +271,7 @@ impl Keys {
     /// Whether the token is in.
     fn is_in(&self) -> bool {
         match self.place {
-            Place::Database => true,
+            Place::Database { .. } => true,
             Place::Token { series, .. } => self.slot.holds(series),
         }
     }
@@ -192,7 +279,7 @@ impl Keys {
     /// Whether no other token was inserted since.
     fn is_its_insertion(&self) -> bool {
         match self.place {
-            Place::Database => true,
+            Place::Database { .. } => true,
             Place::Token { series, .. } => self.slot.series() == series,
         }
     }
@@ -200,7 +287,7 @@ impl Keys {
     /// Whether the token still is as the login left it; that of a database cannot be lost.
     fn is_logged_in(&self) -> bool {
         match self.place {
-            Place::Database => true,
+            Place::Database { .. } => true,
             Place::Token { .. } => self.is_in() && (!self.needs_login() || self.slot.is_logged_in()),
         }
     }
@@ -211,23 +298,33 @@ impl Keys {
     }
 
     fn end(&self, current: &mut Current) {
-        // The keys first: a session copy works on after a logout.
-        current.keys.clear();
+        current.generation += 1;
         current.pin = None;
+        let keys = std::mem::take(&mut current.keys);
+        if current.held.is_none() {
+            // The keys first: a session copy works on after a logout.
+            drop(keys);
+            self.log_out();
+        } else if !keys.is_empty() {
+            let copy = |key: Option<LoginKey>| key.filter(|key| key.copied).map(|key| key.key);
+            current.copies = keys.into_iter().map(copy).collect();
+        }
+    }
+
+    fn log_out(&self) {
         // A token that came into the slot since has a login of its own.
         if self.is_its_insertion() {
             self.slot.log_out();
         }
-        current.generation += 1;
     }
 
     /// A key that a token should have and has not is missed when it is used: nobody asked for it by name.
-    fn find(&self, wanted: &WantedKey) -> Result<Option<LoginKey>, String> {
+    fn find(&self, wanted: &WantedKey, compared: &mut bool) -> Result<Option<LoginKey>, String> {
         let window = match &self.place {
-            Place::Database => None,
+            Place::Database { .. } => None,
             Place::Token { window, .. } => Some(window),
         };
-        match self.find_own(wanted, window) {
+        match self.find_own(wanted, window, compared) {
             Err(reason) if window.is_some() => {
                 LINES.tell("no key", |end| tracing::warn!("{reason}{end}"));
                 Ok(None)
@@ -236,17 +333,24 @@ impl Keys {
         }
     }
 
-    fn find_own(&self, wanted: &WantedKey, window: Option<&Window>) -> Result<LoginKey, String> {
+    fn find_own(
+        &self,
+        wanted: &WantedKey,
+        window: Option<&Window>,
+        compared: &mut bool,
+    ) -> Result<LoginKey, String> {
         let WantedKey { name, id, public } = wanted;
         let failed = |error: NssError| format!("the private key of certificate {name:?}: {error}");
         let key = PrivateKey::find(&self.slot, id, window)
             .map_err(failed)?
             .ok_or_else(|| format!("there is no private key for certificate {name:?}"))?;
         // The private key of an EC pair tells nothing of the public one, and on some tokens an RSA key does not
-        // either; what there is of the public one was looked at.
-        if let PublicKey::Rsa { modulus, .. } = public {
+        // either; what there is of the public one was looked at. A database that has not changed is as it was.
+        if let (PublicKey::Rsa { modulus, .. }, false) = (public, *compared) {
             match key.attribute(Attribute::Modulus) {
-                Ok(found) if without_leading_zeros(&found) == modulus => {}
+                Ok(found) if without_leading_zeros(&found) == modulus => {
+                    *compared = matches!(self.place, Place::Database { .. });
+                }
                 Err(_) if window.is_some() => {}
                 Ok(_) => {
                     return Err(format!("the private key under the ID of certificate {name:?} is another's"));
@@ -258,7 +362,7 @@ impl Keys {
             && key
                 .attribute(Attribute::AlwaysAuthenticate)
                 .is_ok_and(|value| value.iter().any(|&byte| byte != 0));
-        Ok(LoginKey { key, copied: false, wants_pin })
+        Ok(LoginKey { key, tried: false, copied: false, wants_pin })
     }
 }
 
@@ -402,6 +506,7 @@ mod tests {
     use super::super::super::KeyStore;
     use super::super::NssDatabase;
     use super::super::ffi::Class;
+    use super::*;
 
     fn certutil(directory: &Path, arguments: &[&str]) {
         let file = |name| directory.join(name);
@@ -411,26 +516,79 @@ mod tests {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    #[test]
-    fn no_key_stays_in_memory_after_a_logout() {
+    /// A database with a key, and its password.
+    fn database() -> (tempfile::TempDir, Secret) {
         let root = tempfile::tempdir().unwrap();
         let file = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
-        std::fs::write(file("password"), "secret\n").unwrap();
-        std::fs::write(file("noise"), [7; 256]).unwrap();
+        fs::write(file("password"), "secret\n").unwrap();
+        fs::write(file("noise"), [7; 256]).unwrap();
         certutil(root.path(), &["-N"]);
         let key = ["-g", "1024", "-z", &file("noise"), "-x", "-t", ",,", "-n", "key", "-s", "CN=key"];
         certutil(root.path(), &[&["-S"], &key[..]].concat());
+        (root, b"secret"[..].into())
+    }
 
-        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+    /// How many private keys NSS has, those in memory among them.
+    fn keys(store: &NssDatabase) -> usize {
         let slot = &store.keys.slot;
-        // What is in memory is among them.
-        let keys = || slot.objects(Class::PrivateKey).unwrap().iter().count();
-        let unlocked = store.unlock(&b"secret"[..].into()).unwrap();
-        assert_eq!(keys(), 1);
-        unlocked.rsa_raw(0, &[5; 128]).unwrap();
-        assert_eq!(keys(), 2);
-        drop(unlocked);
         slot.log_in(c"secret");
-        assert_eq!(keys(), 1);
+        slot.objects(Class::PrivateKey).unwrap().iter().count()
+    }
+
+    #[test]
+    fn no_key_stays_in_memory_after_a_logout() {
+        let (root, password) = database();
+        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+        let unlocked = store.unlock(&password).unwrap();
+        assert_eq!(keys(&store), 1);
+        unlocked.rsa_raw(0, &[5; 128]).unwrap();
+        assert_eq!(keys(&store), 2);
+        drop(unlocked);
+        assert_eq!(keys(&store), 1);
+    }
+
+    /// For a card with a PIN of its own, whose database's password this process has.
+    #[test]
+    fn copies_of_the_host_s_logins_last_until_they_are_forgotten_or_the_database_changes() {
+        let (root, password) = database();
+        let store = NssDatabase::open(root.path().to_str().unwrap(), &["key".into()]).unwrap();
+        let sign = || store.unlock_held(&password).unwrap().rsa_raw(0, &[5; 128]).unwrap();
+        let signature = sign();
+        assert_eq!(keys(&store), 2);
+        // It is used again, and no further one is made.
+        assert!(sign().equals(signature.expose()));
+        assert_eq!(keys(&store), 2);
+        // Without a login it is nobody's.
+        let outdated = store.unlock_held(&password).unwrap();
+        drop(store.unlock_held(&password).unwrap());
+        assert_eq!(outdated.rsa_raw(0, &[5; 128]).unwrap_err(), KeyError::LoggedOut);
+        drop(outdated);
+        assert_eq!(keys(&store), 2);
+        store.forget();
+        assert_eq!(keys(&store), 1);
+
+        sign();
+        assert_eq!(keys(&store), 2);
+        // Forgotten while it is in use, it goes with its login.
+        let unlocked = store.unlock_held(&password).unwrap();
+        store.forget();
+        unlocked.rsa_raw(0, &[5; 128]).unwrap();
+        drop(unlocked);
+        assert_eq!(keys(&store), 1);
+
+        sign();
+        // A PIN that is the password leaves nothing of what others left, either.
+        drop(store.unlock(&password).unwrap());
+        assert_eq!(keys(&store), 1);
+
+        sign();
+        assert!(store.unlock_held(&b"wrong"[..].into()).is_err());
+        sign();
+        let file = fs::File::options().append(true).open(root.path().join("key4.db")).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        drop(store.unlock_held(&password).unwrap());
+        assert_eq!(keys(&store), 1);
+        sign();
+        assert_eq!(keys(&store), 2);
     }
 }

@@ -87,7 +87,8 @@ impl NssDatabase {
         if !slot.needs_login() {
             check_visible_keys(&slot, &wanted, &path)?;
         }
-        Ok(Self { certificates, path, keys: Arc::new(Keys::new(wanted, slot, Place::Database)) })
+        let place = Place::Database { file: path.join("key4.db") };
+        Ok(Self { certificates, path, keys: Arc::new(Keys::new(wanted, slot, place)) })
     }
 
     /// The canonical path of the database's directory.
@@ -116,7 +117,15 @@ impl KeyStore for NssDatabase {
     }
 
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
-        Ok(Box::new(self.keys.unlock(secret)?))
+        Ok(Box::new(self.keys.unlock(secret, false)?))
+    }
+
+    fn unlock_held(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
+        Ok(Box::new(self.keys.unlock(secret, true)?))
+    }
+
+    fn forget(&self) {
+        self.keys.forget();
     }
 }
 

@@ -167,7 +167,7 @@ impl KeyStore for TokenStore {
     }
 
     fn unlock(&self, secret: &Secret) -> Result<Box<dyn Unlocked>, UnlockError> {
-        let outcome = self.keys.unlock(secret);
+        let outcome = self.keys.unlock(secret, false);
         let mut stale = self.stale_hint.lock().unwrap_or_else(PoisonError::into_inner);
         match outcome {
             Ok(_) => *stale = self.token.current_info().as_ref().and_then(hint),

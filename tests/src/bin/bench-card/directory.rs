@@ -10,15 +10,25 @@ use stack_tests::process::program;
 use tempfile::TempDir;
 
 /// What `new-card` calls the certificates.
-const NAMES: [&str; 4] = ["authentication", "signature", "encryption", "card-authentication"];
+pub(crate) const NAMES: [&str; 4] = ["authentication", "signature", "encryption", "card-authentication"];
 
-/// A card with RSA-2048 keys in PEM files. Removed when dropped.
+/// A card with RSA-2048 keys. Removed when dropped.
 pub(crate) struct CardDirectory {
     scratch: TempDir,
 }
 
 impl CardDirectory {
+    /// With keys in PEM files.
     pub(crate) fn make() -> Result<Self> {
+        Self::with(&[])
+    }
+
+    /// With keys in an NSS database.
+    pub(crate) fn make_nss() -> Result<Self> {
+        Self::with(&["--nss"])
+    }
+
+    fn with(options: &[&str]) -> Result<Self> {
         let scratch = tempfile::tempdir()?;
         let pin = scratch.path().join("pin");
         std::fs::write(&pin, PIN)?;
@@ -28,6 +38,7 @@ impl CardDirectory {
                 .arg(scratch.path().join("card"))
                 .args(["--name", "Jane Doe", "--pin-file"])
                 .arg(&pin)
+                .args(options)
                 .output()
                 .context("vscclient")?
                 .status

@@ -12,6 +12,7 @@ mod pcsc;
 mod peer;
 mod start;
 mod turns;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -26,7 +27,8 @@ usage: bench-card [--rounds N]
 
 Measures, in turns: RSA-2048 signatures and SELECTs of a card on an NSS database with a password, beside libcacard on
 the same database and NSS itself; signatures of one on PEM files, beside openssl speed; SELECTs and PKCS#11 signatures
-through pcscd and Debian's vpcd, beside pcscd's own round trip, a loopback hop, and a naive card; start and memory.
+through pcscd and Debian's vpcd, beside pcscd's own round trip, a loopback hop, and a naive card; VERIFY, beside
+fdatasync, and pkcs11-tool; start and memory.
 Exits with 0 whatever the figures are.
 
   --rounds N    how often each has its turn (8)
@@ -69,6 +71,7 @@ fn measure(rounds: u32) -> Result<()> {
     let (database, directory) = (Database::with_password()?, CardDirectory::make()?);
     core::measure(&programs, &database, &directory, rounds)?;
     pcsc::measure(&programs, &database, &directory, runtime.handle(), rounds)?;
+    verify::measure(&database, &directory, &CardDirectory::make_nss()?, runtime.handle(), rounds)?;
     start::measure(&programs, &database, &directory, rounds)?;
     memory::measure(&database, &directory)?;
     println!("Load of the machine after: {}", load()?);

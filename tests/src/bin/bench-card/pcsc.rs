@@ -158,7 +158,7 @@ fn resident(kind: &str, before: u64, vscclient: &Process) -> Result<()> {
 }
 
 /// OpenSC as a PKCS#11 module.
-fn opensc() -> Result<PathBuf> {
+pub(crate) fn opensc() -> Result<PathBuf> {
     std::fs::read_dir("/usr/lib")?
         .filter_map(|entry| Some(entry.ok()?.path().join("opensc-pkcs11.so")))
         .find(|path| path.is_file())

@@ -125,7 +125,16 @@ pub(crate) fn timed_each(
     share: f64,
     mut operation: impl FnMut() -> Result<()>,
 ) -> Result<Duration> {
-    let mut times: Vec<_> = (0..count).map(|_| timed(&mut operation)).collect::<Result<_>>()?;
+    of_share(count, share, || timed(&mut operation))
+}
+
+/// The same, of operations that say how long they took.
+pub(crate) fn of_share(
+    count: u32,
+    share: f64,
+    mut operation: impl FnMut() -> Result<Duration>,
+) -> Result<Duration> {
+    let mut times: Vec<_> = (0..count).map(|_| operation()).collect::<Result<_>>()?;
     times.sort();
     let place = f64::from(count.saturating_sub(1)) * share;
     let one = times.get(place as usize).copied().unwrap_or_default();

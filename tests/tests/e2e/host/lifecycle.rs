@@ -5,7 +5,7 @@ use stack_tests::database::{NAMES, PIN};
 use stack_tests::pcscd::Pcscd;
 use stack_tests::{acknowledged_at_once, selects};
 
-use super::{Algorithm, Applet, Bench, MESSAGE, Suite, card, module};
+use super::{Algorithm, Applet, Bench, MESSAGE, OWN_PIN, Suite, card, module};
 
 const CAC: Suite = Suite { applet: Applet::Cac, algorithm: Algorithm::Rsa };
 const PIV: Suite = Suite { applet: Applet::Piv, algorithm: Algorithm::Rsa };
@@ -135,4 +135,43 @@ async fn vpcd_is_acknowledged_at_once() -> Result<()> {
     stack_tests::alone();
     let bench = Bench::start(CAC).await?;
     acknowledged_at_once(&bench.pcscd.ok(&selects()).await?)
+}
+
+/// PKCS#11's serial number, and the one of 16 bytes that pkcs15-tool shows: the GUID.
+async fn serial_numbers(pcscd: &Pcscd) -> Result<(String, String)> {
+    let after_colon = |said: &str, name: &str| {
+        let line = said.lines().find(|line| line.trim_start().starts_with(name))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    let slots = pcscd.ok(&format!("pkcs11-tool --module {} -L", module()?)).await?;
+    let dump = pcscd.ok("pkcs15-tool --dump").await?;
+    let token = after_colon(&slots, "serial num").with_context(|| slots.clone())?;
+    Ok((token, after_colon(&dump, "Serial number").with_context(|| dump.clone())?))
+}
+
+/// Windows and macOS keep what they read of a card by its GUID, and users configure programs by PKCS#11's serial number.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_certificate_changes_the_guid_and_leaves_the_token_s_serial_number() -> Result<()> {
+    let pcscd = Pcscd::start().await?;
+    std::fs::write(pcscd.path("pin"), OWN_PIN)?;
+    let issue = "openssl req -x509 -key id.key -days 30 -subj /CN=Jane -out id.pem -set_serial";
+    for line in ["openssl genrsa -out id.key 2048", &format!("{issue} 1"), "chmod 600 id.key pin"] {
+        pcscd.ok(line).await?;
+    }
+    let start = async || {
+        let args = ["--pem", "id.pem,id.key", "--pin-file", "pin", "vpcd:"];
+        let mut card = pcscd.start_program("vscclient", args)?;
+        pcscd.card_in(0).await.with_context(|| card.log())?;
+        let numbers = serial_numbers(&pcscd).await?;
+        ensure!(card.terminate().await?.success(), "{}", card.log());
+        pcscd.ok("guest-pcsc wait-card absent 30 0").await?;
+        anyhow::Ok(numbers)
+    };
+    let before = start().await?;
+    ensure!(start().await? == before);
+    pcscd.ok(&format!("{issue} 2")).await?;
+    let after = start().await?;
+    ensure!(after.0 == before.0, "PKCS#11: {before:?} {after:?}");
+    ensure!(after.1[..16] != before.1[..16] && after.1[16..] == before.1[16..], "{before:?} {after:?}");
+    Ok(())
 }
