@@ -56,13 +56,15 @@ async fn plugged(control: &mut Control, plugged: bool) -> Result<()> {
     Ok(())
 }
 
-/// Both cards answer, and no PIN is verified.
+/// Both cards answer, and no PIN is verified. A reader that the guest knows from before may be seen to leave first.
 async fn works(guest: &Guest) -> Result<()> {
-    guest.ok("guest-pcsc wait-reader 30 2").await?;
     for reader in 0..2 {
-        guest.ok(&format!("guest-pcsc wait-card present 30 {reader}")).await?;
-        let said =
-            guest.ok(&format!("guest-pcsc transmit -r {reader} {SELECT} 00200000")).await?.to_uppercase();
+        let said = guest
+            .ok(&format!(
+                "until said=$(guest-pcsc transmit -r {reader} {SELECT} 00200000); do usleep 100000; done; echo $said"
+            ))
+            .await?
+            .to_uppercase();
         ensure!(said.contains("63C3"), "a PIN is verified in slot {reader}: {said}");
     }
     Ok(())
