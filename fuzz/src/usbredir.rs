@@ -190,7 +190,7 @@ impl Vmm {
 
     /// Whatever has happened: another VMM gets its reader, and the reader works.
     fn check_usable(&mut self) {
-        for id in std::mem::take(&mut self.open) {
+        while let Some(id) = self.open.pop() {
             self.handle(Event::Lost(ConnectionId(id)));
         }
         self.session.plug();

@@ -227,9 +227,14 @@ impl Reader {
         });
         let mut link = Link::new(if migrate { Session::migrating() } else { Session::new() });
         let mut alarm = Alarm::new();
+        let mut attachments = 0;
         loop {
             self.carry_usbredir(&mut link);
             self.plugged = link.session.is_plugged();
+            // One may have gone and another come at once.
+            if link.session.attachments() != std::mem::replace(&mut attachments, link.session.attachments()) {
+                self.tell_attached(false);
+            }
             self.tell_attached(link.session.is_attached());
             if !link.session.is_leaving() {
                 link.unplugging.drain(..).for_each(|(reply, answer)| tell(reply, answer));

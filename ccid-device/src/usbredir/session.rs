@@ -192,6 +192,8 @@ pub struct Session {
     /// What the guest's side and we have agreed on. It outlives its connection only while an heir waits.
     guest: Option<Guest>,
     plugged: bool,
+    /// How often a guest got the device.
+    attachments: u64,
 }
 
 /// Whether a device is attached to the guest.
@@ -277,6 +279,7 @@ impl Session {
             filled: false,
             guest: None,
             plugged: true,
+            attachments: 0,
         }
     }
 
@@ -345,6 +348,11 @@ impl Session {
     /// Whether a guest has the device, as far as is known.
     pub fn is_attached(&self) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.attachment == Attachment::Attached)
+    }
+
+    /// How often a guest has got the device: it is another one's, or the same one's anew, when this has changed.
+    pub fn attachments(&self) -> u64 {
+        self.attachments
     }
 
     /// Whether a guest had the device, and its side has not acknowledged that it is gone.
@@ -642,6 +650,7 @@ impl Session {
             && guest.attachment == Attachment::None
         {
             guest.attachment = Attachment::Attached;
+            self.attachments += 1;
             let topology = guest.topology.clone();
             self.describe();
             self.send_as(
