@@ -31,6 +31,7 @@ use usbip::Order;
 const MOST_EVENTS: usize = 256;
 
 /// Where a reader appears.
+#[expect(clippy::large_enum_variant, reason = "there is one for each reader")]
 pub enum Carrier {
     /// QEMU's `usb-redir`, at the other end of this channel.
     Usbredir {

@@ -111,7 +111,7 @@ pub struct Channel {
     plaintext: Plaintext,
     listener: Option<Listener>,
     retry: Retry,
-    lines: Box<LogBudget<Line>>,
+    lines: LogBudget<Line>,
 }
 
 /// What is told in the log. Peers can have it repeated.
@@ -163,7 +163,7 @@ impl Channel {
     /// # Errors
     /// [`ChannelError::Listen`], [`ChannelError::Plaintext`], [`ChannelError::Resolve`].
     pub async fn open(endpoint: Endpoint, plaintext: Plaintext) -> Result<Self, ChannelError> {
-        let (retry, lines) = (Retry::new(), Box::default());
+        let (retry, lines) = (Retry::new(), LogBudget::new());
         let mut channel = Self { endpoint, plaintext, listener: None, retry, lines };
         let listen = |source| ChannelError::Listen { endpoint: channel.endpoint.clone(), source };
         channel.listener = match &channel.endpoint {
