@@ -1194,7 +1194,7 @@ fn what_the_stopped_vm_did_not_read_is_repeated() {
 #[test]
 fn what_a_key_gave_is_not_repeated_once_the_pin_is_forgotten() {
     for forgotten in [false, true] {
-        let mut world = World::started();
+        let mut world = World::migrating();
         world.power_on(1);
         world.prompt = false;
         world.ask(1, 1);
@@ -1209,6 +1209,7 @@ fn what_a_key_gave_is_not_repeated_once_the_pin_is_forgotten() {
         let _pin = (!forgotten).then_some(pin);
         world.connect_destination(1, 2);
         world.send(2, PacketType::GET_CONFIGURATION, 2, &[]);
+        world.reads_nothing();
         let packets = world.take(2);
         assert_eq!(packets.len(), if forgotten { 1 } else { 2 }, "{packets:?}");
         assert_eq!(packets.contains(&answer), !forgotten);
