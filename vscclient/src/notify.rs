@@ -21,6 +21,17 @@ static MANAGER: LazyLock<Option<Mutex<Manager>>> = LazyLock::new(|| {
 /// The card is there for its users, as far as that is up to us.
 pub(crate) fn ready(status: &str) {
     background::ready(status);
+    started(status);
+}
+
+/// There is no card yet. It may take days until somebody puts one in, and a service that starts is not to wait for
+/// that; who wants the card in the background does.
+pub(crate) fn ready_without_card(status: &str) {
+    background::status(status);
+    started(status);
+}
+
+fn started(status: &str) {
     let Some(mut manager) = manager() else { return };
     manager.status = status.to_owned();
     let waiting = std::mem::replace(&mut manager.ready, true);

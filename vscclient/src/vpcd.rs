@@ -96,8 +96,7 @@ async fn show(
     let mut presence = source.presence();
     loop {
         let Presence::Present { insertion, atr, limits } = presence.get() else {
-            // It may take days until somebody puts one in, and a service that starts is not to wait for that.
-            notify::ready("no card is in");
+            notify::ready_without_card("no card is in");
             presence.changed().await;
             continue;
         };
@@ -105,7 +104,7 @@ async fn show(
             LINES.tell("no ATR", |end| {
                 tracing::warn!("the card has no answer to reset, and vpcd takes none that is empty{end}");
             });
-            notify::ready("the card that is in has no answer to reset");
+            notify::ready_without_card("the card that is in has no answer to reset");
             removed(&mut presence, insertion).await;
             continue;
         }

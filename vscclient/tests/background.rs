@@ -120,6 +120,18 @@ fn it_says_why_there_is_no_card() {
     assert!(status == Some(3) && said.contains("signature.key"), "{status:?}: {said}");
 }
 
+/// A service may start before its card is put in; who is told that programs see the card may not.
+#[test]
+fn it_says_that_no_card_is_in() {
+    let place = Place::new();
+    let (_listener, port) = vpcd();
+    let mut command = place.command();
+    command.args(["--pcsc", "no such reader", "--background", &format!("vpcd:127.0.0.1:{port}")]);
+    let (status, said) = end(command.spawn().unwrap());
+    assert_eq!(status, Some(4), "{said}");
+    assert!(said.contains("--background: not ready after 30 s: no card is in"), "{said}");
+}
+
 /// Somebody typed Ctrl-C, or a job ran out of time.
 #[test]
 fn without_its_starter_it_leaves() {

@@ -73,8 +73,11 @@ fn canonical(path: &Path) -> Result<PathBuf, PlaceError> {
 
 /// Looks at all of these, of which only what is not asked about itself may be everybody's.
 fn check<'a>(parts: impl Iterator<Item = &'a Path>, asked: &Path) -> Result<(), PlaceError> {
-    let owners = [rustix::process::geteuid().as_raw(), ROOT, unknown_root().unwrap_or(ROOT)];
+    let user = rustix::process::geteuid().as_raw();
+    let unknown_root = unknown_root().unwrap_or(ROOT);
     for part in parts {
+        // What is asked about belongs to somebody who is known.
+        let owners = [user, ROOT, if part == asked { ROOT } else { unknown_root }];
         let metadata = std::fs::symlink_metadata(part)
             .map_err(|source| PlaceError::Io { path: part.to_owned(), source })?;
         let is_shared = part != asked && metadata.mode() & STICKY != 0 && owners.contains(&metadata.uid());

@@ -88,7 +88,9 @@ async fn a_guest_is_reverted_while_the_reader_is_unplugged() -> Result<()> {
 
     // One without the reader, and one with it, its pipes in use and a PIN verified.
     plugged(&mut control, false).await?;
-    guest.ok("guest-pcsc wait-reader 20 0").await?;
+    guest.ok("guest-pcsc wait-reader 20 0").await.with_context(|| {
+        format!("the guest's console\n{}\nthe daemon says\n{}", guest.console(), stack.daemon.log())
+    })?;
     job(guest, "snapshot-save", "save-before", snapshot("before")).await?;
     plugged(&mut control, true).await?;
     works(guest).await?;
