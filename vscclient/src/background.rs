@@ -138,7 +138,8 @@ pub(crate) fn prepare(directory: Option<&Path>, endpoint: &Endpoint) -> Result<P
     let failed = |path: &Path, error: io::Error| format!("--background: {}: {error}", path.display());
     let (pid_file, log_file) = (path("pid"), path("log"));
     let pid = lock(&pid_file).map_err(|error| failed(&pid_file, error))?;
-    let log = open(&log_file, OFlags::TRUNC | OFlags::APPEND).map_err(|error| failed(&log_file, error))?;
+    let log = open(&log_file, OFlags::APPEND).and_then(|log| log.set_len(0).map(|()| log));
+    let log = log.map_err(|error| failed(&log_file, error))?;
     let starter = io::stdout().as_fd().try_clone_to_owned().map(UnixStream::from);
     let starter = starter.map_err(|error| format!("--background: {error}"))?;
     // The lock is that of both.
@@ -160,10 +161,18 @@ fn file_name(endpoint: &Endpoint) -> String {
     format!("vscclient-{text}")
 }
 
-/// The directory is this user's alone.
+/// A file of this user's, under this name only. What else may have been put there is neither waited for nor written to.
 fn open(path: &Path, flags: OFlags) -> io::Result<File> {
-    let flags = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?.into())
+    // Opened without waiting for a reader, should it be a FIFO.
+    let flags = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let private = Mode::RUSR | Mode::WUSR;
+    let file = File::from(rustix::fs::open(path, flags, private)?);
+    let found = file.metadata()?;
+    if !found.is_file() || found.nlink() != 1 || found.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("is there already, and no file of this user's alone"));
+    }
+    rustix::fs::fchmod(&file, private)?;
+    Ok(file)
 }
 
 fn lock(path: &Path) -> io::Result<File> {
@@ -245,6 +254,23 @@ mod tests {
         let name = |text: &str| file_name(&text.parse().unwrap());
         assert_eq!(name("tcp:localhost:35963"), "vscclient-tcp-localhost-35963");
         assert_eq!(name("unix:/run/user/1000/vm1.sock"), "vscclient-unix--run-user-1000-vm1-sock");
+    }
+
+    #[test]
+    fn what_else_is_there_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let [file, link, fifo, log] = ["file", "link", "fifo", "log"].map(|name| directory.path().join(name));
+        std::fs::write(&file, "kept").unwrap();
+        std::fs::hard_link(&file, &link).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .unwrap();
+        for path in [&link, &fifo] {
+            assert!(open(path, OFlags::APPEND).is_err(), "{}", path.display());
+        }
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
+        std::fs::write(&log, "").unwrap();
+        rustix::fs::chmod(&log, Mode::from_raw_mode(0o666)).unwrap();
+        assert_eq!(open(&log, OFlags::APPEND).unwrap().metadata().unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]
