@@ -193,6 +193,8 @@ pub struct EmulatedCard {
     profile: Profile,
     /// Counts resets.
     epoch: u64,
+    /// What makes the next VERIFY quicker is to be forgotten once more when the job that is out has ended.
+    forget_all: bool,
     volatile: Volatile,
 }
 
@@ -235,8 +237,6 @@ struct Running {
     le: Option<usize>,
     /// Whether the verified PIN was to be forgotten meanwhile.
     forget: bool,
-    /// Whether what makes the next VERIFY quicker was, too.
-    forget_all: bool,
 }
 
 /// What a command needs.
@@ -312,6 +312,7 @@ impl EmulatedCard {
             random,
             complaints: Complaints::default(),
             epoch: 0,
+            forget_all: false,
             volatile: Volatile::default(),
         };
         card.reset();
@@ -320,8 +321,9 @@ impl EmulatedCard {
 
     /// The card, with what an earlier one on the same token has left of the log.
     #[cfg(all(unix, feature = "nss"))]
-    pub(crate) fn complaining(self, complaints: &Complaints) -> Self {
-        Self { complaints: complaints.clone(), ..self }
+    pub(crate) fn complaining(mut self, earlier: &Complaints) -> Self {
+        self.complaints.go_on_from(earlier);
+        self
     }
 
     /// What is added in the log to a PIN that is blocked.
@@ -359,9 +361,7 @@ impl EmulatedCard {
         self.end_login();
         self.reference.forget();
         self.store.forget();
-        if let Some(running) = &mut self.volatile.running {
-            running.forget_all = true;
-        }
+        self.forget_all |= self.volatile.running.is_some();
     }
 
     fn end_login(&mut self) {
@@ -384,6 +384,7 @@ impl EmulatedCard {
         self.volatile.login.is_some()
             || self.volatile.administrator.is_authenticated()
             || self.reference.remembers()
+            || self.store.remembers()
     }
 
     /// Begins a command.
@@ -517,17 +518,17 @@ impl EmulatedCard {
     /// nobody's (6985).
     pub fn finish(&mut self, done: Done) -> Response {
         let Done { epoch, login, fresh, behind_pin, result } = done;
-        if epoch != self.epoch {
-            return StatusWord::CONDITIONS_NOT_SATISFIED.into();
-        }
-        let Some(Running { le, forget, forget_all }) = self.volatile.running.take() else {
-            return StatusWord::CONDITIONS_NOT_SATISFIED.into();
-        };
-        self.volatile.login = login.filter(|_| !forget);
-        if forget_all {
+        if std::mem::take(&mut self.forget_all) {
             self.reference.forget();
             self.store.forget();
         }
+        if epoch != self.epoch {
+            return StatusWord::CONDITIONS_NOT_SATISFIED.into();
+        }
+        let Some(Running { le, forget }) = self.volatile.running.take() else {
+            return StatusWord::CONDITIONS_NOT_SATISFIED.into();
+        };
+        self.volatile.login = login.filter(|_| !forget);
         self.volatile.fresh = self.volatile.login.is_some() && (fresh || self.volatile.fresh);
         match result {
             Ok(_) if forget && behind_pin => StatusWord::SECURITY_STATUS_NOT_SATISFIED.into(),
@@ -552,7 +553,7 @@ impl EmulatedCard {
     }
 
     fn work(&mut self, command: &Command, work: Work) -> Step {
-        self.volatile.running = Some(Running { le: expected(command), forget: false, forget_all: false });
+        self.volatile.running = Some(Running { le: expected(command), forget: false });
         Step::Work(Job {
             epoch: self.epoch,
             login: self.volatile.login.take(),

@@ -369,7 +369,7 @@ impl CardSetup {
         let slot = CardSlot::claimed(card, claim).map_err(SetupError::Thread)?;
         slot.forget_pin(self.forget_pin);
         let slot = Arc::new(slot);
-        let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0));
+        let source = keep_tries(slot.clone(), self.keep_tries.unwrap_or(0), &self.way_out());
         Ok(OpenCard { source, slot: Some(slot), token: None })
     }
 
@@ -525,7 +525,7 @@ impl CardSetup {
         };
         let card = TokenCard::open(&loaded, token, directory, self.forget_pin, Box::new(make))?;
         let card = Arc::new(card);
-        let source = keep_tries(card.clone(), keep);
+        let source = keep_tries(card.clone(), keep, &self.way_out());
         Ok(OpenCard { source, slot: None, token: Some(card) })
     }
 
@@ -581,10 +581,13 @@ impl CardSetup {
                 .collect(),
         };
         if !long.is_empty() {
-            tracing::warn!(
-                "RSA keys of 4096 bits (slots {}): OpenSC up to 0.27 and yubico-piv-tool 2.2 do not use them",
-                long.join(", ")
-            );
+            let long = long.join(", ");
+            LINES.tell("RSA-4096", |end| {
+                tracing::warn!(
+                    "RSA keys of 4096 bits (slots {long}): OpenSC up to 0.27 and yubico-piv-tool 2.2 do not use \
+                     them{end}"
+                );
+            });
         }
         let chosen = |slot| self.certificates.iter().any(|wanted| wanted.slot == Some(slot));
         let silent: Vec<_> = slot::without_key_usage(store.certificates(), slots)
@@ -598,9 +601,11 @@ impl CardSetup {
                 Some(_) => String::new(),
             };
             let silent = silent.join(", ");
-            tracing::warn!(
-                "no key usage in {silent}: in these slots OpenSC lets such keys sign nothing{advice}"
-            );
+            LINES.tell("no key usage", |end| {
+                tracing::warn!(
+                    "no key usage in {silent}: in these slots OpenSC lets such keys sign nothing{advice}{end}"
+                );
+            });
         }
     }
 
@@ -721,16 +726,16 @@ impl RawSetup {
     /// [`SetupError::Thread`].
     pub fn open(&self) -> Result<OpenCard, SetupError> {
         let card = PcscSource::open(self.config.clone()).map_err(SetupError::Thread)?;
-        let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1));
+        let source = keep_tries(Arc::new(card), self.keep_tries.unwrap_or(1), "");
         Ok(OpenCard { source, slot: None, token: None })
     }
 }
 
+/// What is said of a card when it is made: of a token's, at each insertion.
+static LINES: LogBudget<&str> = LogBudget::new();
+
 /// Says that no PIN will be taken for right: because no more than `kept` tries are left, or none can be counted.
 fn warn_of_tries(reference: &ReferenceData, kept: u8, spent: &str) {
-    /// At each insertion, for a token.
-    static LINES: LogBudget<&str> = LogBudget::new();
-
     match reference.tries_left() {
         Ok(left) if left <= kept => LINES.tell("spent", |end| tracing::warn!("{spent}{end}")),
         Ok(_) => {}
@@ -744,9 +749,13 @@ fn warn_of_validity(certificate: &Certificate) {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let name = &certificate.name;
     if now > not_after {
-        tracing::warn!("certificate {name:?} has expired, on {}", date(not_after));
+        LINES.tell("expired", |end| {
+            tracing::warn!("certificate {name:?} has expired, on {}{end}", date(not_after));
+        });
     } else if now < not_before {
-        tracing::warn!("certificate {name:?} is not valid yet, only from {}", date(not_before));
+        LINES.tell("not valid yet", |end| {
+            tracing::warn!("certificate {name:?} is not valid yet, only from {}{end}", date(not_before));
+        });
     }
 }
 
@@ -763,8 +772,8 @@ fn load(modules: &[PathBuf], db: Option<&str>) -> Result<Vec<Module>, ModuleErro
     Ok(loaded)
 }
 
-fn keep_tries(source: Arc<dyn CardSource>, keep: u8) -> Arc<dyn CardSource> {
-    if keep == 0 { source } else { Arc::new(KeepTries::new(source, keep)) }
+fn keep_tries(source: Arc<dyn CardSource>, keep: u8, way_out: &str) -> Arc<dyn CardSource> {
+    if keep == 0 { source } else { Arc::new(KeepTries::new(source, keep).advising(way_out)) }
 }
 
 fn canonical(path: &Path) -> Result<PathBuf, SetupError> {

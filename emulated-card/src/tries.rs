@@ -1,12 +1,11 @@
 //! A guest does not spend the last PIN try of a card that matters.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use async_trait::async_trait;
 use vscard_protocol::apdu::ins;
 use vscard_protocol::{
-    Atr, Card, CardError, CardSource, Case, Command, LogLines, PresenceWatch, Response, StatusWord,
+    Atr, Card, CardError, CardSource, Case, Command, LogBudget, PresenceWatch, Response, StatusWord,
 };
 
 /// Tries that a card is taken to have which tells nobody.
@@ -35,6 +34,8 @@ const UNTOLD: u8 = 3;
 pub struct KeepTries<S> {
     source: S,
     keep: u8,
+    /// What is added to what the log says of a refusal.
+    advice: Arc<str>,
     counted: Arc<Mutex<Counted>>,
 }
 
@@ -42,7 +43,7 @@ pub struct KeepTries<S> {
 struct Counted {
     atr: Option<Atr>,
     bounds: Bounds,
-    lines: LogLines,
+    lines: LogBudget<()>,
 }
 
 /// No reference that the card tells nothing of has fewer tries than the least of these that concern it.
@@ -65,8 +66,13 @@ impl Bounds {
 impl<S: CardSource> KeepTries<S> {
     /// Wraps `source`, whose cards keep `keep` tries of each PIN; with 0, nothing is watched.
     pub fn new(source: S, keep: u8) -> Self {
-        let counted = Counted { atr: None, bounds: Bounds::UNKNOWN, lines: LogLines::new(Instant::now()) };
-        Self { source, keep, counted: Arc::new(Mutex::new(counted)) }
+        let counted = Counted { atr: None, bounds: Bounds::UNKNOWN, lines: LogBudget::new() };
+        Self { source, keep, advice: "".into(), counted: Arc::new(Mutex::new(counted)) }
+    }
+
+    /// Adds this to what the log says of a refusal, as it stands.
+    pub fn advising(self, advice: &str) -> Self {
+        Self { advice: advice.into(), ..self }
     }
 }
 
@@ -88,13 +94,15 @@ impl<S: CardSource> CardSource for KeepTries<S> {
         }
         counted.bounds.session = u8::MAX;
         drop(counted);
-        Ok(Box::new(KeepingCard { card, keep: self.keep, counted: Arc::clone(&self.counted), chaining: 0 }))
+        let (advice, counted) = (Arc::clone(&self.advice), Arc::clone(&self.counted));
+        Ok(Box::new(KeepingCard { card, keep: self.keep, advice, counted, chaining: 0 }))
     }
 }
 
 struct KeepingCard {
     card: Box<dyn Card>,
     keep: u8,
+    advice: Arc<str>,
     counted: Arc<Mutex<Counted>>,
     /// One bit for each logical channel whose last command announced more of it. Not every card minds that the
     /// next one is another command, nor knows of channels: it might take an empty VERIFY for the end of what it has.
@@ -250,7 +258,7 @@ impl KeepingCard {
             let before = counted.bounds;
             let left = before.left(of);
             if left <= self.keep {
-                counted.log_refusal(command, left, self.keep);
+                counted.log_refusal(command, left, self.keep, &self.advice);
                 return Ok(StatusWord::AUTHENTICATION_BLOCKED.into());
             }
             counted.bounds.spend(of, left - 1);
@@ -270,14 +278,15 @@ impl KeepingCard {
 }
 
 impl Counted {
-    fn log_refusal(&mut self, command: &Command, left: u8, keep: u8) {
-        let Some(end) = self.lines.next(Instant::now()) else { return };
-        tracing::warn!(
-            "refused {} of {:02X}: tries left: {left}, kept from the guest: {keep}{end}",
-            ins::name(command.ins())
-                .map_or_else(|| format!("instruction {:02X}", command.ins()), String::from),
-            command.p2(),
-        );
+    fn log_refusal(&self, command: &Command, left: u8, keep: u8, advice: &str) {
+        self.lines.tell((), |end| {
+            let name = ins::name(command.ins());
+            let name = name.map_or_else(|| format!("instruction {:02X}", command.ins()), String::from);
+            let of = command.p2();
+            tracing::warn!(
+                "refused {name} of {of:02X}: tries left: {left}, kept from the guest: {keep}{advice}{end}"
+            );
+        });
     }
 }
 

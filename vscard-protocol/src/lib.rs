@@ -27,7 +27,7 @@ pub use atr::Atr;
 #[cfg(feature = "source")]
 pub use card::{Card, CardError, CardSource, Limits, Presence, PresenceWatch};
 #[cfg(any(feature = "source", feature = "io"))]
-pub use lines::{LogBudget, LogLines};
+pub use lines::LogBudget;
 pub use secret::Secret;
 #[cfg(feature = "source")]
 pub use t0::T0;

@@ -6,31 +6,21 @@ use std::time::{Duration, Instant};
 /// Lines that are logged at once, and after how long there is one more.
 const LINES: (u32, Duration) = (64, Duration::from_secs(60));
 
-/// Room in the log for what a guest or peer can make happen as fast as it likes: 64 lines at once, then one a minute.
-///
-/// ```
-/// use std::time::Instant;
-/// use vscard_protocol::LogLines;
-///
-/// let mut lines = LogLines::new(Instant::now());
-/// if let Some(end) = lines.next(Instant::now()) {
-///     println!("client connected{end}");
-/// }
-/// ```
+/// Of one kind of event.
 #[derive(Debug)]
-pub struct LogLines {
+struct LogLines {
     left: u32,
     since: Instant,
 }
 
 impl LogLines {
     /// All of it.
-    pub fn new(now: Instant) -> Self {
+    fn new(now: Instant) -> Self {
         Self { left: LINES.0, since: now }
     }
 
     /// If there is room for a line, what ends it.
-    pub fn next(&mut self, now: Instant) -> Option<&'static str> {
+    fn next(&mut self, now: Instant) -> Option<&'static str> {
         while self.left < LINES.0 && now >= self.since + LINES.1 {
             self.left += 1;
             self.since += LINES.1;
@@ -43,7 +33,8 @@ impl LogLines {
     }
 }
 
-/// [`LogLines`] for each kind of event, so that no flood of one kind hides another.
+/// Room in the log for what a guest or peer can make happen as fast as it likes: for each kind of event 64 lines at once,
+/// then one a minute, so that no flood of one kind hides another.
 ///
 /// It belongs to a reader, a channel or a process, never to a connection or a session: whoever comes again gets no new
 /// one. A kind is the program's, one of a few, and nothing that a peer can choose: [`std::mem::discriminant`] of a
@@ -80,7 +71,7 @@ impl<K: PartialEq> LogBudget<K> {
     }
 
     /// If there is room for a line of this kind, what ends it.
-    pub fn next(&self, kind: K, now: Instant) -> Option<&'static str> {
+    fn next(&self, kind: K, now: Instant) -> Option<&'static str> {
         let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, lines)) = kinds.iter_mut().find(|(of, _)| *of == kind) {
             return lines.next(now);

@@ -15,6 +15,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -27,7 +28,7 @@ use zeroize::Zeroizing;
 
 use crate::card::PresenceWatch;
 use crate::chardev::{Channel, ChannelError, Place, Places, Stream, Wire};
-use crate::host::{Failure, Host, Input, Output, Token};
+use crate::host::{Failure, Host, Input, Notice, Output, Token};
 use crate::message::Extension;
 use crate::{Atr, Card, CardError, CardSource, Command, Limits, LogBudget, Presence, Response, StatusWord};
 
@@ -153,7 +154,7 @@ enum Line {
     Refused,
     Inserted,
     Removed,
-    Notice,
+    Notice(Discriminant<Notice>),
 }
 
 /// A client that has brought a reader.
@@ -378,7 +379,9 @@ impl Server {
                 }),
                 None => {}
             },
-            Output::Notice(notice) => self.lines.tell(Line::Notice, |end| tracing::warn!("{notice}{end}")),
+            Output::Notice(notice) => {
+                self.lines.tell(Line::Notice(discriminant(&notice)), |end| tracing::warn!("{notice}{end}"));
+            }
             Output::Close(reason) => return Some(reason.to_string()),
         }
         None
@@ -399,7 +402,7 @@ async fn meet(
         match host.poll_output() {
             Some(Output::Send(bytes)) => wire.send(bytes),
             Some(Output::Notice(notice)) => {
-                lines.tell(Line::Notice, |end| tracing::warn!("{notice}{end}"));
+                lines.tell(Line::Notice(discriminant(&notice)), |end| tracing::warn!("{notice}{end}"));
             }
             Some(Output::Close(reason)) => break reason.to_string(),
             Some(first) => return Ok(Client { wire, host, first }),

@@ -267,10 +267,10 @@ impl Wish {
 }
 
 /// systemd tells a service alone where its state is.
-fn unlock_command(setup: &CardSetup) -> String {
+fn unlock_command(setup: &CardSetup) -> Option<String> {
     let state = std::env::var_os("STATE_DIRECTORY");
     let state = state.map(|place| format!("STATE_DIRECTORY={} ", shell_word(place))).unwrap_or_default();
-    format!("{state}vscclient unlock {}", setup.options())
+    Some(format!("{state}vscclient unlock {}", setup.options()?))
 }
 
 fn reader_name(card_name: &str) -> String {
@@ -360,7 +360,7 @@ impl Serve {
                         --p12, --module, --token or --pcsc; or `vscclient card DIR ENDPOINT`"
                 .into());
         }
-        setup.unlock = Some(unlock_command(&setup));
+        setup.unlock = unlock_command(&setup);
         Ok(CardSpec { card: Wish::Made(Box::new(setup)), reader, directory: None })
     }
 }

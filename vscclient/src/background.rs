@@ -164,7 +164,8 @@ fn file_name(endpoint: &Endpoint) -> String {
 /// A file of this user's, under this name only. What else may have been put there is neither waited for nor written to.
 fn open(path: &Path, flags: OFlags) -> io::Result<File> {
     // Opened without waiting for a reader, should it be a FIFO.
-    let flags = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let flags =
+        flags | OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let private = Mode::RUSR | Mode::WUSR;
     let file = File::from(rustix::fs::open(path, flags, private)?);
     let found = file.metadata()?;

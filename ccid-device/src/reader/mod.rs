@@ -478,16 +478,19 @@ impl Reader {
                 match output {
                     urbs::Output::Send(bytes) => connections.send(id, bytes),
                     urbs::Output::Notice(notice) => {
-                        lines.tell(Line::Notice, |end| tracing::info!("{notice}{end}"));
+                        lines
+                            .tell(Line::Notice(discriminant(&notice)), |end| tracing::info!("{notice}{end}"));
                     }
                     urbs::Output::Close(reason) => {
-                        lines.tell(Line::Closed, |end| tracing::info!("connection closed: {reason}{end}"));
+                        lines.tell(Line::Closed(discriminant(&reason)), |end| {
+                            tracing::info!("connection closed: {reason}{end}");
+                        });
                         closed = true;
                     }
                 }
             }
             if !closed && connections.overrun().is_some() {
-                lines.tell(Line::Closed, |end| {
+                lines.tell(Line::Unread, |end| {
                     tracing::warn!("connection closed: the USB/IP client does not read{end}");
                 });
                 urbs.handle(urbs::Input::Gone, &mut self.device, Instant::now());
@@ -603,8 +606,9 @@ enum Told {
 enum Line {
     Imported,
     Gone,
-    Closed,
-    Notice,
+    Closed(Discriminant<urbs::CloseReason>),
+    Notice(Discriminant<urbs::Notice>),
+    Unread,
 }
 
 /// Whether the USB/IP client that has the device is to be asked if it is there. Each time leaves a line in its kernel's

@@ -18,8 +18,6 @@ use crate::{ControlOutcome, Device, EndpointKind, InOutcome, Setup, Speed, Topol
 
 /// Bytes that may wait in [`Session::poll_output`]. A peer that does not read what it asked for is left.
 const MOST_OUTPUT: usize = 4 << 20;
-/// Things told about one session's nonsense.
-const MOST_TOLD: u32 = 32;
 /// Notifications sent to one endpoint at a time.
 const MOST_NOTIFICATIONS: usize = 16;
 
@@ -112,9 +110,6 @@ pub enum Notice {
         /// The endpoint's address.
         endpoint: u8,
     },
-    /// There was too much of this.
-    #[error("more of this from the VMM is not told")]
-    Muted,
 }
 
 /// Why a connection is closed.
@@ -217,7 +212,6 @@ struct Guest {
     bulk_in: Vec<BulkIn>,
     interrupts: Vec<InterruptIn>,
     unread: Unread,
-    told: u32,
 }
 
 impl Guest {
@@ -236,7 +230,6 @@ impl Guest {
                 .collect(),
             topology,
             unread: Unread::default(),
-            told: 0,
         }
     }
 
@@ -595,7 +588,7 @@ impl Session {
                 Err(error) if error.is_fatal() => {
                     return self.abandon(CloseReason::Decode(error), device, now);
                 }
-                Err(error) => self.tell(Notice::BadPacket(error)),
+                Err(error) => self.notice(Notice::BadPacket(error)),
             }
             self.check_output(device, now);
         }
@@ -732,12 +725,12 @@ impl Session {
             }
             RequestBody::Hello { caps, version } => self.hello(caps, version),
             RequestBody::Filter => {}
-            RequestBody::Other(kind) => self.tell(Notice::Unexpected(kind)),
+            RequestBody::Other(kind) => self.notice(Notice::Unexpected(kind)),
             RequestBody::DisconnectAck if matches!(guest.attachment, Attachment::Leaving(_)) => {
                 guest.attachment = Attachment::None;
                 self.settle_attachment();
             }
-            RequestBody::DisconnectAck => self.tell(Notice::Unexpected(PacketType::DEVICE_DISCONNECT_ACK)),
+            RequestBody::DisconnectAck => self.notice(Notice::Unexpected(PacketType::DEVICE_DISCONNECT_ACK)),
             RequestBody::FilterReject if attached => {
                 guest.attachment = Attachment::Rejected;
                 self.forget_transfers();
@@ -928,7 +921,7 @@ impl Session {
             _ if !attached => Status::IO_ERROR,
             Some(place) if place.pending.len() < MOST_PENDING => return place.pending.push_back(pending),
             Some(_) => {
-                self.tell(Notice::TooManyPending { endpoint });
+                self.notice(Notice::TooManyPending { endpoint });
                 Status::INVALID
             }
             None => self.bad_endpoint(PacketType::BULK_PACKET, endpoint),
@@ -951,7 +944,7 @@ impl Session {
             return (self.bad_endpoint(PacketType::BULK_PACKET, endpoint), 0);
         }
         let Transfer::Out(data) = transfer else {
-            self.tell(Notice::TooLong { endpoint });
+            self.notice(Notice::TooLong { endpoint });
             // As with everything else that is no message: the endpoint is halted.
             device.control(
                 setup(0x02, standard::SET_FEATURE, standard::ENDPOINT_HALT, endpoint.into(), 0),
@@ -967,7 +960,7 @@ impl Session {
     }
 
     fn bad_endpoint(&mut self, kind: PacketType, endpoint: u8) -> Status {
-        self.tell(Notice::BadEndpoint { kind, endpoint });
+        self.notice(Notice::BadEndpoint { kind, endpoint });
         Status::INVALID
     }
 
@@ -1084,19 +1077,9 @@ impl Session {
         }
     }
 
+    /// What the peer can do over and over is told each time: whoever logs it has a budget.
     fn notice(&mut self, notice: Notice) {
         self.output.push_back(Output::Notice(notice));
-    }
-
-    /// A notice of something the peer can do over and over.
-    fn tell(&mut self, notice: Notice) {
-        let Some(guest) = &mut self.guest else { return };
-        guest.told = guest.told.saturating_add(1);
-        match guest.told {
-            ..MOST_TOLD => self.notice(notice),
-            MOST_TOLD => self.notice(Notice::Muted),
-            _ => {}
-        }
     }
 }
 

@@ -108,6 +108,12 @@ impl Complaints {
         self.way_out = way_out.into();
     }
 
+    /// With what an earlier card has left of the log.
+    #[cfg(all(unix, feature = "nss"))]
+    pub(super) fn go_on_from(&mut self, earlier: &Self) {
+        self.lines = Arc::clone(&earlier.lines);
+    }
+
     pub(crate) fn warn(&self, what: &'static str, error: impl Display) {
         self.lines.tell(what, |end| tracing::warn!(%error, "{what}{end}"));
     }

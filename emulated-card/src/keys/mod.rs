@@ -125,6 +125,11 @@ pub trait KeyStore: Send + Sync {
     /// Forgets what logins by [`unlock_held`](Self::unlock_held) left for the next one.
     fn forget(&self) {}
 
+    /// Whether there is something to [`forget`](Self::forget).
+    fn remembers(&self) -> bool {
+        false
+    }
+
     /// The store as one whose data objects and keys change, or have been changed; `None` if all it has is
     /// [`certificates`](Self::certificates) and their keys.
     fn writable(&self) -> Option<&dyn writable::Writable> {

@@ -8,8 +8,9 @@ use super::{CardSetup, Keys, Wanted};
 use crate::keys::pem::PemSource;
 
 impl CardSetup {
-    /// The options that tell this card from others, as `--db sql:/certs --cert id`, for a shell in any directory.
-    pub fn options(&self) -> String {
+    /// The options that tell this card from others, as `--db sql:/certs --cert id`, for a shell in any directory. `None`
+    /// for whatever token a database's modules find: without the rest of the command line that would be the database.
+    pub fn options(&self) -> Option<String> {
         let mut options: Vec<(&str, OsString)> = Vec::new();
         let mut add = |name, value: &OsStr| options.push((name, value.to_owned()));
         match &self.keys {
@@ -30,8 +31,14 @@ impl CardSetup {
                     }
                 }
             }
+            Keys::Token { modules, token: None, .. } if modules.is_empty() => return None,
             Keys::Token { modules, db, token } => {
-                modules.iter().for_each(|module| add("module", module.as_os_str()));
+                for module in modules {
+                    // A bare name is looked for where libraries are.
+                    let is_bare = module.parent().is_none_or(|parent| parent.as_os_str().is_empty());
+                    let module = if is_bare { module.clone() } else { absolute(module) };
+                    add("module", module.as_os_str());
+                }
                 db.iter().for_each(|db| add("db", &database(db)));
                 token.iter().for_each(|token| add("token", token.as_ref()));
             }
@@ -45,11 +52,16 @@ impl CardSetup {
         }
         // Encrypted files are not read without; a database's certificates are.
         if let (Keys::Files(_), Some(file)) = (&self.keys, &self.password_file) {
-            add("password-file", file.as_os_str());
+            add("password-file", secret_file(file).as_os_str());
         }
         let words = options.iter().map(|(name, value)| format!("--{name} {}", shell_word(value)));
-        words.collect::<Vec<_>>().join(" ")
+        Some(words.collect::<Vec<_>>().join(" "))
     }
+}
+
+/// A descriptor, `fd:N`, is no path.
+fn secret_file(file: &Path) -> PathBuf {
+    if file.as_os_str().as_bytes().starts_with(b"fd:") { file.to_owned() } else { absolute(file) }
 }
 
 /// One that cannot be found is named as it was.
@@ -100,7 +112,15 @@ mod tests {
     fn a_card_by_its_options() {
         let options = |keys, certificates: &[&str]| {
             let certificates = certificates.iter().map(|text| text.parse().unwrap()).collect();
-            CardSetup { keys, certificates, card_name: "second".into(), ..CardSetup::default() }.options()
+            let password_file = Some("/password".into());
+            let setup = CardSetup {
+                keys,
+                certificates,
+                password_file,
+                card_name: "second".into(),
+                ..CardSetup::default()
+            };
+            setup.options().unwrap_or_default()
         };
         let database = Keys::Database("/c d".into());
         assert_eq!(
@@ -109,8 +129,18 @@ mod tests {
         );
         let pem = |text| PemSource::pem_option(text).unwrap();
         let files = vec![pem("/a,/b"), pem("/c,,d"), PemSource::Pkcs12("/p".into())];
-        assert_eq!(options(Keys::Files(files), &[]), "--pem /a,/b --pem /c,,d --p12 /p --card-name second");
+        assert_eq!(
+            options(Keys::Files(files), &[]),
+            "--pem /a,/b --pem /c,,d --p12 /p --card-name second --password-file /password"
+        );
         let token = Keys::Token { modules: vec!["m.so".into()], db: None, token: Some("mine".into()) };
         assert_eq!(options(token, &[]), "--module m.so --token mine --card-name second");
+        let below = Keys::Token { modules: vec!["./m.so".into()], db: None, token: None };
+        let here = std::env::current_dir().unwrap();
+        let module = shell_word(here.join("m.so"));
+        assert_eq!(options(below, &[]), format!("--module {module} --card-name second"));
+        // The same words would be those of a database.
+        let found = Keys::Token { modules: vec![], db: Some("/certs".into()), token: None };
+        assert_eq!(options(found, &[]), "");
     }
 }

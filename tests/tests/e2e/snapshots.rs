@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use stack_tests::SELECT;
 use stack_tests::database::Database;
@@ -56,18 +56,37 @@ async fn plugged(control: &mut Control, plugged: bool) -> Result<()> {
     Ok(())
 }
 
+/// The guest's kernel has no reader any more. pcscd is not asked: see [`works`].
+async fn is_gone(guest: &Guest) -> Result<()> {
+    let gone = "while grep -qs 08e6 /sys/bus/usb/devices/*/idVendor; do usleep 100000; done";
+    guest.ok(gone).await.map(drop)
+}
+
 /// Both cards answer, and no PIN is verified. A reader that the guest knows from before may be seen to leave first.
+///
+/// For a reader of two slots libccid 1.5.2 has a thread that at times goes on for ever to read from one that has left
+/// (`Multi_ReadProc`), and pcscd keeps that reader then. Only another pcscd sees the new one.
 async fn works(guest: &Guest) -> Result<()> {
-    for reader in 0..2 {
-        let said = guest
-            .ok(&format!(
-                "until said=$(guest-pcsc transmit -r {reader} {SELECT} 00200000); do usleep 100000; done; echo $said"
-            ))
-            .await?
-            .to_uppercase();
-        ensure!(said.contains("63C3"), "a PIN is verified in slot {reader}: {said}");
+    for _ in 0..4 {
+        guest.ok("killall -9 pcscd; while pidof pcscd >/dev/null; do usleep 20000; done").await?;
+        guest.start_pcscd().await?;
+        let mut answers = Vec::new();
+        for reader in 0..2 {
+            let said = guest
+                .run(&format!(
+                    "i=0; until guest-pcsc transmit -r {reader} {SELECT} 00200000; do \
+                     i=$((i+1)); [ $i -lt 100 ] || exit 1; usleep 100000; done"
+                ))
+                .await?;
+            answers.push((said.status == 0, said.text().to_uppercase()));
+        }
+        if answers.iter().all(|(answered, _)| *answered) {
+            let verified = answers.iter().find(|(_, said)| !said.contains("63C3"));
+            ensure!(verified.is_none(), "a PIN is verified: {answers:?}");
+            return Ok(());
+        }
     }
-    Ok(())
+    bail!("no card answers")
 }
 
 /// As docs/snapshots.md says: unplug, revert, plug. With two slots QEMU ends itself if the reader stays in.
@@ -88,9 +107,7 @@ async fn a_guest_is_reverted_while_the_reader_is_unplugged() -> Result<()> {
 
     // One without the reader, and one with it, its pipes in use and a PIN verified.
     plugged(&mut control, false).await?;
-    guest.ok("guest-pcsc wait-reader 20 0").await.with_context(|| {
-        format!("the guest's console\n{}\nthe daemon says\n{}", guest.console(), stack.daemon.log())
-    })?;
+    is_gone(guest).await?;
     job(guest, "snapshot-save", "save-before", snapshot("before")).await?;
     plugged(&mut control, true).await?;
     works(guest).await?;

@@ -89,7 +89,8 @@ fn is_selection(command: &Command) -> bool {
     let length = command.data().len();
     command.p2() & 0xF0 == 0
         && match command.p1() {
-            0x00..=0x03 => length == 0 || length == 2,
+            // P2 = 01 would be the next occurrence, which no card has by file identifier; CALCULATE ALL of OATH has it.
+            0x00..=0x03 => length == 0 || length == 2 && command.p2() & 0x03 == 0,
             0x04 => length <= 16,
             0x08 | 0x09 => length % 2 == 0,
             _ => false,

@@ -287,15 +287,15 @@ fn certificates(options: Vec<(String, Option<String>)>) -> Result<CardSetup, Str
     if card.no_pin && card.pin_file.is_some() {
         return Err("no-pin and pin-file exclude each other".into());
     }
-    card.unlock = Some(unlock_command(&card));
+    card.unlock = unlock_command(&card);
     Ok(card)
 }
 
 /// systemd tells a service alone where its state is.
-fn unlock_command(card: &CardSetup) -> String {
+fn unlock_command(card: &CardSetup) -> Option<String> {
     let state = std::env::var_os("STATE_DIRECTORY");
     let state = state.map(|place| format!("STATE_DIRECTORY={} ", shell_word(place))).unwrap_or_default();
-    format!("{state}vscclient unlock {}", card.options())
+    Some(format!("{state}vscclient unlock {}", card.options()?))
 }
 
 fn token(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
@@ -319,7 +319,7 @@ fn token(options: Vec<(String, Option<String>)>) -> Result<CardSetup, String> {
         db = Some("/etc/pki/nssdb".into());
     }
     card.keys = Keys::Token { modules, db, token };
-    card.unlock = Some(unlock_command(&card));
+    card.unlock = unlock_command(&card);
     Ok(card)
 }
 

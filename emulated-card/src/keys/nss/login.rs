@@ -242,6 +242,11 @@ impl Keys {
         current.held = None;
     }
 
+    /// Whether there are such copies, or may be.
+    pub(super) fn remembers(&self) -> bool {
+        self.lock().held.is_some()
+    }
+
     /// When nobody is logged in.
     fn drop_held(&self, current: &mut Current) {
         // Before the logout: after it, NSS does not take them from its memory.

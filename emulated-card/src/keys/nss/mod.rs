@@ -127,6 +127,10 @@ impl KeyStore for NssDatabase {
     fn forget(&self) {
         self.keys.forget();
     }
+
+    fn remembers(&self) -> bool {
+        self.keys.remembers()
+    }
 }
 
 fn check_nicknames(directory: &str, nicknames: &[String]) -> Result<(), OpenError> {
