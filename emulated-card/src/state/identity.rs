@@ -218,6 +218,7 @@ impl StateDirectory {
         let is_given = given.is_none_or(|(ordered, place)| {
             Record::of_earlier(self, place, &ordered.key).stem() == record.stem()
         });
+        // One that cannot be taken over is not passed by, though the disk be full: its tries would begin anew.
         take_over(&record, is_given, &earlier)?;
         let kept = record.read()?.and_then(|contents| contents.identity);
         if kept.is_none() {

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::OFlags;
@@ -30,39 +31,32 @@ pub(crate) struct Record {
     stem: String,
     database: PathBuf,
     of_card: bool,
+    /// Inode and sequence number of what this process has waited for the disk with. What another one wrote, and says to
+    /// have waited for, may have been killed before it did.
+    flushed: Mutex<Option<(u64, u64)>>,
 }
 
 impl Record {
+    fn new(directory: &StateDirectory, stem: String, database: &Path, of_card: bool) -> Self {
+        let (directory, database) = (directory.clone(), database.to_owned());
+        Self { directory, stem, database, of_card, flushed: Mutex::default() }
+    }
+
     pub(crate) fn of_database(directory: &StateDirectory, database: &Path) -> Self {
-        Self {
-            directory: directory.clone(),
-            stem: format!("database-{}", stem_of(database, b"")),
-            database: database.to_owned(),
-            of_card: false,
-        }
+        Self::new(directory, format!("database-{}", stem_of(database, b"")), database, false)
     }
 
     pub(crate) fn of_token(directory: &StateDirectory, token: &str) -> Self {
-        Self { directory: directory.clone(), stem: token_stem(token), database: token.into(), of_card: false }
+        Self::new(directory, token_stem(token), Path::new(token), false)
     }
 
     pub(crate) fn of_card(directory: &StateDirectory, database: &Path, id: &CardId) -> Self {
-        Self {
-            directory: directory.clone(),
-            stem: card_stem(database, id.key()),
-            database: database.to_owned(),
-            of_card: true,
-        }
+        Self::new(directory, card_stem(database, id.key()), database, true)
     }
 
     /// Of a card as an earlier version knew it.
     pub(super) fn of_earlier(directory: &StateDirectory, database: &Path, key: &[u8; 32]) -> Self {
-        Self {
-            directory: directory.clone(),
-            stem: card_stem(database, key),
-            database: database.to_owned(),
-            of_card: true,
-        }
+        Self::new(directory, card_stem(database, key), database, true)
     }
 
     /// What the names of its files begin with.
@@ -244,6 +238,11 @@ impl LockedRecord<'_> {
             return self.write(contents);
         };
         let failed = |source| self.directory.io_error(&self.record.file_name(), "write", source);
+        let inode = file.metadata().map_err(failed)?.ino();
+        let mut known = self.record.flushed.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest.flushed && *known != Some((inode, newest.sequence)) {
+            file.sync_data().map_err(failed)?;
+        }
         let text = encode_slot(&self.record.database, contents, sequence, flushed);
         file.write_all_at(text.as_bytes(), (slot * SLOT) as u64).map_err(failed)?;
         // Nobody knows before that it is on disk, and what comes after it must not take the other slot if it is not.
@@ -251,6 +250,7 @@ impl LockedRecord<'_> {
         if flushed {
             file.sync_data().map_err(failed)?;
             newest.flushed = true;
+            *known = Some((inode, sequence));
         }
         Ok(())
     }
