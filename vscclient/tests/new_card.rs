@@ -122,7 +122,14 @@ fn a_card_whose_making_fails_late_leaves_nothing() {
 fn a_signal_leaves_nothing() {
     for signal in ["INT", "TERM", "HUP"] {
         let place = Place::new();
-        place.tool("certutil", &format!("kill -{signal} $PPID"));
+        // The thread for signals has heard of this one when it sleeps again.
+        let script = format!(
+            "for thread in /proc/$PPID/task/*; do grep -qx signals $thread/comm && signals=$thread/status; done
+             until grep -q '^State:.S' $signals; do :; done
+             sleeps() {{ grep ^voluntary $signals; }}
+             before=$(sleeps); kill -{signal} $PPID; while [ \"$(sleeps)\" = \"$before\" ]; do :; done"
+        );
+        place.tool("certutil", &script);
         failed(&place.new_card(), "interrupted");
         assert!(!place.path("card").exists());
     }
