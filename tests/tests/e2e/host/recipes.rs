@@ -44,7 +44,7 @@ async fn the_ci_job_of_the_readme() -> Result<()> {
     let mut steps = 0;
     for step in job.split("- run: |\n").skip(1) {
         let lines = step.lines().take_while(|line| line.starts_with("          "));
-        // The directory of root's own is not everybody's.
+        // That directory is the machine's.
         let lines = lines.collect::<Vec<_>>().join("\n").replace("/var/lib/card", &card.display().to_string());
         run(&pcscd, ".", &lines).await?;
         steps += 1;
