@@ -54,7 +54,7 @@ impl Places {
 }
 
 impl Place {
-    /// The peer has said something that makes sense.
+    /// The peer has said something.
     pub fn heard(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }

@@ -237,6 +237,7 @@ fn keys_codes_and_what_keys_give_are_not_shown() {
         ([0x80, 0x42, 0, 0], secret(20)),
         ([0, 0xC2, 0, 0], secret(20)),
         ([0, 0xA4, 0, 1], secret(10)),
+        ([0, 0xA4, 0, 1], secret(2)),
         // What is not of the form that the list is about.
         ([0, 0xCB, 0x3F, 0xFF], secret(20)),
         ([0, 0xCB, 0x3F, 0xFF], tag_list_and_more),

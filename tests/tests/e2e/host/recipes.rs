@@ -45,7 +45,8 @@ async fn the_ci_job_of_the_readme() -> Result<()> {
     for step in job.split("- run: |\n").skip(1) {
         let lines = step.lines().take_while(|line| line.starts_with("          "));
         // That directory is the machine's.
-        let lines = lines.collect::<Vec<_>>().join("\n").replace("/var/lib/card", &card.display().to_string());
+        let lines =
+            lines.collect::<Vec<_>>().join("\n").replace("/var/lib/card", &card.display().to_string());
         run(&pcscd, ".", &lines).await?;
         steps += 1;
     }
