@@ -88,7 +88,8 @@ pub(crate) fn measure(
     println!();
     drop(signing);
 
-    let command = Apdu::parse(&SELECT_PKI)?;
+    // With Le, or there is no control information to make.
+    let command = Apdu::parse(&[&SELECT_PKI[..], &[0x00]].concat())?;
     let mut selecting = [
         Runner::new("libcacard", SELECTS, |count| libcacard.borrow_mut().run("select", count)),
         Runner::new("our card", SELECTS, |count| {
@@ -96,7 +97,7 @@ pub(crate) fn measure(
             computed(|| {
                 for _ in 0..count {
                     let status = transmit(&mut card, &command).status();
-                    ensure!(status.0 >> 8 == 0x61, "SELECT is answered {status:?}");
+                    ensure!(status.0 == 0x9000, "SELECT is answered {status:?}");
                 }
                 Ok(())
             })
